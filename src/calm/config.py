@@ -1,0 +1,339 @@
+"""Configurations: frozen keyword-only dataclasses, and the TOML file layer over them.
+
+A file names only what differs from the default below it, so files stack: dataclass defaults, then a preset, then each
+file in turn, then the command line. Decoding is strict: a key that no dataclass has, or a value of another type, is a
+`UsageError` that names the file and the dotted key and suggests the nearest right one. `to_toml` writes every field, and
+what it writes alone reproduces the object: `load(type(x), [file]) == x`.
+
+    TOML has no null        None is written "none"
+    unions of dataclasses   the table carries `kind = "ClassName"`
+    human numbers           "30k", "2M", "15B" (thousands) and "64Ki" (1024s) stand for an int or a float
+    schema_version          1; a file that says another number is refused, a file without one is read
+
+Nothing here imports jax.
+"""
+
+import dataclasses
+import difflib
+import math
+import re
+import tomllib
+import types
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
+
+import tomli_w
+
+from calm.errors import UsageError
+
+SCHEMA_VERSION = 1
+NONE = "none"
+KIND = "kind"
+
+Config = TypeVar("Config")
+
+_SUFFIXES = {"": 1, "k": 10**3, "K": 10**3, "m": 10**6, "M": 10**6, "g": 10**9, "G": 10**9, "b": 10**9, "B": 10**9}
+_SUFFIXES |= {"t": 10**12, "T": 10**12, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30}
+_HUMAN_NUMBER = re.compile(r"([+-]?[\d_]*\.?\d[\d_]*(?:[eE][+-]?\d+)?)(Ki|Mi|Gi|[kKmMgGbBtT]?)")
+
+
+# -- words ------------------------------------------------------------------------------------------------------------
+
+
+def suggestion(word: str, options: Iterable[str]) -> str:
+    """` (did you mean 'layers'?)` for the option nearest to `word`, or the empty string when none is near."""
+    near = difflib.get_close_matches(word, list(options), n=1, cutoff=0.6)
+    return f" (did you mean {near[0]!r}?)" if near else ""
+
+
+def parse_human_float(text: str) -> float:
+    """A number with an optional thousands suffix: "1.5M" -> 1500000.0. Other text is a `UsageError`."""
+    match = _HUMAN_NUMBER.fullmatch(text.strip())
+    if match is None:
+        special = {"inf": math.inf, "-inf": -math.inf, "nan": math.nan}
+        if text.strip() in special:
+            return special[text.strip()]
+        raise UsageError(f"expected a number such as 0.1, 30k or 2M, got {text!r}")
+    return float(match[1].replace("_", "")) * _SUFFIXES[match[2]]
+
+
+def parse_human_int(text: str) -> int:
+    """A whole number with an optional suffix: "30k" -> 30000, "2M", "64Ki" -> 65536. Other text is a `UsageError`."""
+    try:
+        return int(text)
+    except ValueError:
+        pass
+    try:
+        value = parse_human_float(text)
+    except UsageError:
+        value = math.nan
+    if not math.isfinite(value) or not value.is_integer():
+        raise UsageError(f"expected a whole number such as 300, 30k or 2M, got {text!r}")
+    return int(value)
+
+
+# -- files and text ---------------------------------------------------------------------------------------------------
+
+
+def load(cls: type[Config], files: Sequence[str | Path], default: Config | None = None) -> Config:
+    """Reads TOML files in order, each over the one before it, all over `default` (else the dataclass's own defaults)."""
+    mappings = [(str(file), read_toml(file)) for file in files]
+    if default is None and _required(cls):  # no single file need be complete: merge first, then decode once
+        merged: dict[str, Any] = {}
+        for _, mapping in mappings:
+            merged = _merge(merged, mapping)
+        return from_dict(cls, merged, where=", ".join(name for name, _ in mappings) or "configuration")
+    current = cls() if default is None else default
+    for name, mapping in mappings:
+        current = from_dict(cls, mapping, current, where=name)
+    return current
+
+
+def read_toml(file: str | Path) -> dict[str, Any]:
+    """The table of a TOML file; a missing, binary or malformed file is a `UsageError` that names it."""
+    path = Path(file)
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UsageError(f"{path}: no such configuration file") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path}: cannot be read as a TOML text file ({error})") from error
+    except tomllib.TOMLDecodeError as error:
+        raise UsageError(f"{path}: not valid TOML: {error}") from error
+
+
+def to_toml(obj: object) -> str:
+    """Every field of a configuration as TOML that alone reproduces it."""
+    return tomli_w.dumps({"schema_version": SCHEMA_VERSION, **to_dict(obj)})
+
+
+def to_dict(obj: object) -> dict[str, Any]:
+    """Every field as plain str, int, float, bool, list and dict: what TOML and JSON can hold."""
+    if not dataclasses.is_dataclass(obj) or isinstance(obj, type):
+        raise TypeError(f"expected a dataclass object, got {obj!r}")
+    hints = get_type_hints(type(obj), include_extras=True)
+    return {
+        field.name: _encode(hints[field.name], getattr(obj, field.name))
+        for field in dataclasses.fields(obj)
+        if field.init
+    }
+
+
+def from_dict(
+    cls: type[Config], mapping: Mapping[str, Any], default: Config | None = None, where: str = "configuration"
+) -> Config:
+    """A `cls` from plain values, over `default` where the mapping is silent.
+
+    Args:
+        mapping: what `to_dict` gives, or any part of it; an unknown key is a `UsageError` with a suggestion.
+        default: the object whose fields fill the gaps. Without one the dataclass's defaults do; a gap in those is a
+            `UsageError`.
+        where: the file (or other source) that errors name.
+    """
+    mapping = dict(mapping)
+    version = mapping.pop("schema_version", SCHEMA_VERSION)
+    if version != SCHEMA_VERSION:
+        raise UsageError(f"{where}: schema_version is {version!r}, and this version of calm reads {SCHEMA_VERSION}")
+    return _decode_dataclass(cls, mapping, default, where, "")
+
+
+# -- decoding ---------------------------------------------------------------------------------------------------------
+
+
+def _decode_dataclass(cls: type[Config], mapping: Any, default: Config | None, where: str, path: str) -> Config:
+    if not isinstance(mapping, Mapping):
+        raise _mismatch(where, path, f"a table of {cls.__name__}", mapping)
+    if default is not None and type(default) is not cls:
+        default = None
+    fields = {field.name: field for field in dataclasses.fields(cast(Any, cls)) if field.init}
+    hints = get_type_hints(cls, include_extras=True)
+    for key in mapping:
+        if key not in fields:
+            near = suggestion(_join(path, key), [_join(path, name) for name in fields])
+            raise UsageError(f"{where}: unknown key {_join(path, key)!r}{near}")
+    values = {}
+    for name, field in fields.items():
+        if name in mapping:
+            below = getattr(default, name) if default is not None else _field_default(field)
+            values[name] = _decode(hints[name], mapping[name], below, where, _join(path, name))
+        elif default is not None:
+            values[name] = getattr(default, name)
+        elif _field_default(field) is dataclasses.MISSING:
+            raise UsageError(f"{where}: key {_join(path, name)!r} is missing and has no default")
+    try:
+        return cls(**values)
+    except ValueError as error:
+        place = f"{where}: {path}" if path else where
+        raise UsageError(f"{place}: {error}") from error
+
+
+def _decode(hint: Any, value: Any, default: Any, where: str, path: str, lenient: bool = True) -> Any:
+    """One value of type `hint`. `lenient` reads human numbers from text; a union first tries its members without."""
+    hint, origin = _unwrap(hint)
+    if hint is Any:
+        return value
+    if origin in (Union, types.UnionType):
+        return _decode_union(get_args(hint), value, default, where, path)
+    if dataclasses.is_dataclass(hint):
+        return _decode_dataclass(cast(Any, hint), value, default, where, path)
+    if origin is Literal:
+        for option in get_args(hint):
+            if value == option and type(value) is type(option):
+                return option
+        near = (
+            suggestion(value, [option for option in get_args(hint) if isinstance(option, str)])
+            if isinstance(value, str)
+            else ""
+        )
+        raise UsageError(f"{where}: {path}: expected {_describe(hint)}, got {value!r}{near}")
+    if origin in (tuple, list) and isinstance(value, list | tuple):
+        return _decode_sequence(hint, origin, value, where, path)
+    if origin is dict and isinstance(value, Mapping):
+        of = get_args(hint)[1]
+        return {str(key): _decode(of, item, None, where, _join(path, str(key))) for key, item in value.items()}
+    decoded = _decode_scalar(hint, value, where, path, lenient)
+    if decoded is not dataclasses.MISSING:
+        return decoded
+    raise _mismatch(where, path, _describe(hint), value)
+
+
+def _decode_scalar(hint: Any, value: Any, where: str, path: str, lenient: bool) -> Any:
+    if hint is type(None) and (value is None or value == NONE):
+        return None
+    if hint in (bool, str) and type(value) is hint:
+        return value
+    if hint is Path and isinstance(value, str):
+        return Path(value)
+    if hint in (int, float) and isinstance(value, str) and lenient:
+        try:
+            return parse_human_int(value) if hint is int else parse_human_float(value)
+        except UsageError as error:
+            raise UsageError(f"{where}: {path}: {error}") from error
+    if hint is int and isinstance(value, int | float) and not isinstance(value, bool) and value == value // 1:
+        return int(value) if lenient or isinstance(value, int) else dataclasses.MISSING
+    if hint is float and isinstance(value, int | float) and not isinstance(value, bool):
+        return float(value)
+    return dataclasses.MISSING
+
+
+def _decode_sequence(hint: Any, origin: Any, value: Sequence[Any], where: str, path: str) -> Any:
+    of = get_args(hint)
+    if origin is tuple and not (len(of) == 2 and of[1] is Ellipsis):
+        if len(of) != len(value):
+            raise UsageError(f"{where}: {path}: expected {len(of)} values, got {len(value)}")
+        return tuple(
+            _decode(item_hint, item, None, where, f"{path}[{i}]")
+            for i, (item_hint, item) in enumerate(zip(of, value, strict=True))
+        )
+    return origin(_decode(of[0], item, None, where, f"{path}[{i}]") for i, item in enumerate(value))
+
+
+def _decode_union(members: tuple[Any, ...], value: Any, default: Any, where: str, path: str) -> Any:
+    tables = {member.__name__: member for member in members if dataclasses.is_dataclass(member)}
+    if isinstance(value, Mapping) and tables:
+        chosen = next(iter(tables)) if len(tables) == 1 else type(default).__name__
+        if KIND in value and (len(tables) > 1 or KIND not in get_type_hints(tables[chosen])):
+            chosen, value = value[KIND], {key: item for key, item in value.items() if key != KIND}
+        if chosen not in tables:
+            raise UsageError(
+                f"{where}: {_join(path, KIND)}: expected one of {', '.join(map(repr, tables))}, got {chosen!r}"
+                f"{suggestion(str(chosen), tables)}"
+            )
+        return _decode_dataclass(tables[chosen], value, default, where, path)
+    if value == NONE and type(None) in members:
+        return None
+    for lenient in (False, True):
+        for member in members:
+            try:
+                return _decode(member, value, default, where, path, lenient)
+            except UsageError:
+                continue
+    expected = " or ".join(_describe(member) for member in members)
+    raise _mismatch(where, path, expected, value)
+
+
+# -- encoding ---------------------------------------------------------------------------------------------------------
+
+
+def _encode(hint: Any, value: Any) -> Any:
+    hint, origin = _unwrap(hint)
+    if value is None:
+        return NONE
+    if dataclasses.is_dataclass(value):
+        tagged = origin in (Union, types.UnionType) and sum(map(dataclasses.is_dataclass, get_args(hint))) > 1
+        return ({KIND: type(value).__name__} if tagged else {}) | to_dict(value)
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, tuple | list):
+        of = get_args(hint) if origin in (tuple, list) else ()
+        ragged = origin is tuple and len(of) == len(value) and Ellipsis not in of
+        return [_encode(of[i] if ragged else of[0] if of else Any, item) for i, item in enumerate(value)]
+    if isinstance(value, Mapping):
+        of = get_args(hint)[1] if origin is dict else Any
+        return {str(key): _encode(of, item) for key, item in value.items()}
+    if isinstance(value, bool | int | float | str):
+        return value
+    raise TypeError(f"a configuration cannot hold {value!r} of type {type(value).__name__}")
+
+
+# -- small helpers ----------------------------------------------------------------------------------------------------
+
+
+def _unwrap(hint: Any) -> tuple[Any, Any]:
+    while get_origin(hint) is Annotated:
+        hint = get_args(hint)[0]
+    return hint, get_origin(hint)
+
+
+def _field_default(field: dataclasses.Field[Any]) -> Any:
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
+    return field.default
+
+
+def _required(cls: type) -> bool:
+    return any(
+        field.init and field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        for field in dataclasses.fields(cls)
+    )
+
+
+def _merge(low: Mapping[str, Any], high: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(low)
+    for key, value in high.items():
+        below = merged.get(key)
+        same = isinstance(value, Mapping) and isinstance(below, Mapping) and value.get(KIND) in (None, below.get(KIND))
+        merged[key] = _merge(cast(Any, below), value) if same else value
+    return merged
+
+
+def _join(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name
+
+
+def _mismatch(where: str, path: str, expected: str, value: Any) -> UsageError:
+    return UsageError(f"{where}: {path or 'the file'}: expected {expected}, got {value!r}")
+
+
+def _describe(hint: Any) -> str:
+    hint, origin = _unwrap(hint)
+    if origin is Literal:
+        return "one of " + ", ".join(repr(option) for option in get_args(hint))
+    if origin in (tuple, list):
+        return f"a list of {_describe(get_args(hint)[0])}s" if get_args(hint) else "a list"
+    if origin is dict:
+        return "a table"
+    if origin in (Union, types.UnionType):
+        return " or ".join(_describe(member) for member in get_args(hint))
+    if dataclasses.is_dataclass(hint):
+        return f"a table of {hint.__name__}"
+    words = {
+        int: "int",
+        float: "float",
+        bool: "bool (true or false)",
+        str: "str",
+        Path: "path",
+        type(None): f"{NONE!r}",
+    }
+    return words.get(hint, getattr(hint, "__name__", str(hint)))
