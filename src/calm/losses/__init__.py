@@ -1,0 +1,10 @@
+"""Losses: pure functions of arrays, per position and unreduced unless their docstring says why not."""
+
+from calm.losses.clipped_kl import clipped_kl as clipped_kl
+from calm.losses.cross_entropy import fused_cross_entropy as fused_cross_entropy
+from calm.losses.cross_entropy import plain_cross_entropy as plain_cross_entropy
+from calm.losses.energy_score import FIDELITIES as FIDELITIES
+from calm.losses.energy_score import Fidelity as Fidelity
+from calm.losses.energy_score import diversity as diversity
+from calm.losses.energy_score import energy_loss as energy_loss
+from calm.losses.energy_score import plain_energy_loss as plain_energy_loss

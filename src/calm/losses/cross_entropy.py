@@ -1,0 +1,84 @@
+"""Cross-entropy over a vocabulary that never holds all its logits.
+
+At V = 8192 the logits of a small batch are 100 MB, written, read for the softmax, kept and read again. The fused form walks
+over blocks of rows and computes loss and gradients of a block while its logits are in cache; nothing of size V is kept.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from calm.nn.dense import Precision, operand, product, product_with_transpose, weight_gradient
+
+BLOCK_ROWS = 512
+
+
+def plain_cross_entropy(hidden: Float[Array, "R D"], table: Float[Array, "V D"], targets: Int[Array, "R"]) -> Float[Array, "R"]:
+    """-log softmax(hidden table^T)[target] in nats, one value a row: the reference."""
+    logits = product_with_transpose(hidden, table)
+    chosen = jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
+    return jax.nn.logsumexp(logits, axis=-1) - chosen
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def fused_cross_entropy(
+    hidden: Float[Array, "R D"],
+    table: Float[Array, "V D"],
+    targets: Int[Array, "R"],
+    weights: Float[Array, "R"],
+    precision: Precision = "float32",
+    table_gradient: bool = True,
+) -> Float[Array, ""]:
+    """sum_r weights[r] * cross-entropy of row r, in nats.
+
+    Reduced, unlike the other losses: the weights must be known in the forward pass, which already computes the gradients. They
+    get no gradient themselves. `table_gradient` False skips the table's (a frozen table).
+    """
+    return _fused_forward(hidden, table, targets, weights, precision, table_gradient)[0]
+
+
+def _fused_forward(
+    hidden: Array, table: Array, targets: Array, weights: Array, precision: Precision, table_gradient: bool
+) -> tuple[Array, tuple[Array, Array | None]]:
+    rows, dim = hidden.shape
+    blocks = -(-rows // BLOCK_ROWS)
+    padding = blocks * BLOCK_ROWS - rows
+
+    def split(x: Array) -> Array:  # padded rows weigh nothing
+        return jnp.pad(x, [(0, padding)] + [(0, 0)] * (x.ndim - 1)).reshape(blocks, BLOCK_ROWS, *x.shape[1:])
+
+    table_operand = operand(table, precision)
+
+    def body(carry: tuple[Array, Array | None], block: tuple[Array, Array, Array]) -> tuple[tuple, Array]:
+        total, table_sum = carry
+        h, target, weight = block
+        h = operand(h, precision)
+        logits = product_with_transpose(h, table_operand)
+        high = logits.max(-1, keepdims=True)
+        exponentials = jnp.exp(logits - high)
+        normaliser = exponentials.sum(-1, keepdims=True)
+        chosen = jnp.take_along_axis(logits, target[:, None], axis=-1)
+        total = total + (weight * (high + jnp.log(normaliser) - chosen)[:, 0]).sum()
+        # d loss / d logits = weight * (softmax - onehot); the one-hot part is a gather and a scatter of rows, done below
+        softmax = operand(exponentials * (weight[:, None] / normaliser), precision)
+        h_gradient = product(softmax, table_operand)
+        if table_sum is not None:
+            table_sum = table_sum + weight_gradient(softmax, h)
+        return (total, table_sum), h_gradient
+
+    carry = (jnp.zeros((), jnp.float32), jnp.zeros(table.shape, jnp.float32) if table_gradient else None)
+    (total, table_sum), h_gradient = jax.lax.scan(body, carry, (split(hidden), split(targets), split(weights)))
+    h_gradient = h_gradient.reshape(-1, dim)[:rows] - weights[:, None] * table[targets]
+    if table_sum is not None:
+        table_sum = table_sum.at[targets].add(-weights[:, None] * hidden)
+    return total, (h_gradient, table_sum)
+
+
+def _fused_backward(precision: Precision, table_gradient: bool, gradients: tuple[Array, Array | None], g: Array) -> tuple:
+    h_gradient, table_sum = gradients
+    return g * h_gradient, None if table_sum is None else g * table_sum, None, None
+
+
+fused_cross_entropy.defvjp(_fused_forward, _fused_backward)

@@ -1,0 +1,76 @@
+"""CALM: a language model that predicts the next latent instead of the next token."""
+
+import dataclasses
+
+import jax
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from calm.errors import UsageError
+from calm.heads.energy import EnergyHeadConfig
+from calm.models.stems import ChunkCompression
+from calm.nn.backbone import BackboneConfig, BackboneState
+from calm.nn.dense import Precision
+from calm.rng import PRNGKey
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LatentLMConfig:
+    """Stem, backbone and head of the next-vector model."""
+
+    vocab_size: int = 0
+    """V; 0 = taken from the autoencoder"""
+    chunk_size: int = 0
+    """K; 0 = taken from the autoencoder"""
+    latent_dim: int = 0
+    """Z; 0 = taken from the autoencoder"""
+    backbone: BackboneConfig = BackboneConfig()
+    head: EnergyHeadConfig = EnergyHeadConfig()
+    init_std: float | None = None
+    """standard deviation of the stem's embedding and kernels; none = 1 / sqrt(width or fan-in); published 0.02"""
+
+    def build(self, *, rngs: nnx.Rngs, precision: Precision = "float32") -> "LatentLM":
+        return LatentLM(self, rngs=rngs, precision=precision)
+
+    def parameters(self) -> int:
+        """Number of weights, counted on shapes without allocating; the autoencoder's are not among them."""
+        model = nnx.eval_shape(lambda: self.build(rngs=nnx.Rngs(0)))
+        return sum(x.size for x in jax.tree.leaves(nnx.state(model)))
+
+    def flops(self, context: int, num_samples: int) -> int:
+        """Forward FLOPs of one position: stem, backbone over `context` chunks, and `num_samples` samples of the head."""
+        dim = self.backbone.dim
+        stem = ChunkCompression.flops(self.chunk_size, dim)
+        return stem + self.backbone.flops(context) + self.head.flops(dim, self.latent_dim, num_samples)
+
+
+class LatentLM(nnx.Module):
+    """Chunks in, samples of the next chunk's latent out (CALM, arXiv:2510.27688, section 4).
+
+    It does not own the autoencoder: targets, decoding and generation take both.
+    """
+
+    def __init__(self, config: LatentLMConfig, *, rngs: nnx.Rngs, precision: Precision = "float32"):
+        if min(config.vocab_size, config.chunk_size, config.latent_dim) < 1:
+            raise UsageError("latent LM: vocab_size, chunk_size and latent_dim must be set before the model is built")
+        self.config, self.precision = config, precision
+        dim = config.backbone.dim
+        self.stem = ChunkCompression(
+            config.vocab_size, config.chunk_size, dim, init_std=config.init_std, precision=precision, rngs=rngs
+        )
+        self.backbone = config.backbone.build(rngs=rngs, precision=precision)
+        self.head = config.head.build(dim, config.latent_dim, rngs=rngs, precision=precision)
+
+    def init_state(self, batch: int, context: int, starts: Int[Array, "B"] | None = None) -> BackboneState:
+        """The state before the first chunk, with room for `context` chunks; row b begins at chunk `starts[b]`."""
+        return self.backbone.init_state(batch, context, starts)
+
+    def hidden(
+        self, chunks: Int[Array, "B N K"], state: BackboneState | None = None
+    ) -> tuple[Float[Array, "B N D"], BackboneState | None]:
+        """Position i has read chunks 0..i and predicts chunk i + 1. With a state, the chunks continue what it has read."""
+        return self.backbone(self.stem(chunks), state)
+
+    def sample(self, key: PRNGKey, hidden: Float[Array, "*b D"], num_samples: int) -> Float[Array, "S *b Z"]:
+        """S independent samples of the next latent at every position."""
+        return self.head.sample(key, hidden, num_samples)
