@@ -2,8 +2,8 @@
 
 A file names only what differs from the default below it, so files stack: dataclass defaults, then a preset, then each
 file in turn, then the command line. Decoding is strict: a key that no dataclass has, or a value of another type, is a
-`UsageError` that names the file and the dotted key and suggests the nearest right one. `to_toml` writes every field, and
-what it writes alone reproduces the object: `load(type(x), [file]) == x`.
+`UsageError` that names the file and the dotted key and suggests the nearest right one. `to_toml` writes every field,
+and what it writes alone reproduces the object: `load(type(x), [file]) == x`.
 
     TOML has no null        None is written "none"
     unions of dataclasses   the table carries `kind = "ClassName"`
@@ -77,7 +77,7 @@ def parse_human_int(text: str) -> int:
 
 
 def load(cls: type[Config], files: Sequence[str | Path], default: Config | None = None) -> Config:
-    """Reads TOML files in order, each over the one before it, all over `default` (else the dataclass's own defaults)."""
+    """Reads TOML files in order, each over the one before, all over `default` (else the dataclass's own defaults)."""
     mappings = [(str(file), read_toml(file)) for file in files]
     if default is None and _required(cls):  # no single file need be complete: merge first, then decode once
         merged: dict[str, Any] = {}
@@ -113,11 +113,7 @@ def to_dict(obj: object) -> dict[str, Any]:
     if not dataclasses.is_dataclass(obj) or isinstance(obj, type):
         raise TypeError(f"expected a dataclass object, got {obj!r}")
     hints = get_type_hints(type(obj), include_extras=True)
-    return {
-        field.name: _encode(hints[field.name], getattr(obj, field.name))
-        for field in dataclasses.fields(obj)
-        if field.init
-    }
+    return {field.name: _encode(hints[field.name], getattr(obj, field.name)) for field in dataclasses.fields(obj) if field.init}
 
 
 def from_dict(

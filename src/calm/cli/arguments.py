@@ -1,0 +1,138 @@
+"""From the words of a command line to a verb's dataclass: tyro, over files, over a preset.
+
+    precedence      dataclass defaults < preset < files in order < command line
+
+A verb that trains holds a configuration in a field and names it in the class attribute `configuration`; files and presets then
+fill that field, and its options need no prefix (`--model.dim 256`). For every other verb files fill the verb's own fields.
+Human numbers (30k, 2M) are read everywhere, `none` is None, and a bad option ends in one line.
+"""
+
+import contextlib
+import dataclasses
+import inspect
+import io
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import tyro
+from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
+
+from calm import config
+from calm.errors import UsageError
+
+_BOX = "╭╮╰╯│─┌┐└┘|"
+
+
+def parse(cls: Any, arguments: Sequence[str], *, prog: str, epilogue: str = "") -> Any:
+    """The verb `cls` that these words describe, or None when they asked for help (which is then printed)."""
+    rest = list(arguments)
+    files = _take(rest, "--config")
+    presets = _take(rest, "--preset")
+    rest = [word for word in rest if word not in ("--json", "-v", "--verbose")]
+    default = _default(cls, presets[-1] if presets else None, files, prog)
+    heard = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(heard):
+            return tyro.cli(
+                cls,
+                prog=prog,
+                args=rest,
+                default=default,
+                description=f"{inspect.getdoc(cls) or ''}\n\n{epilogue}",
+                registry=_REGISTRY,
+                config=(tyro.conf.AvoidSubcommands, tyro.conf.FlagCreatePairsOff, tyro.conf.HelptextFromCommentsOff),
+            )
+    except SystemExit as stop:
+        if not stop.code:
+            return None
+        raise UsageError(_one_line(heard.getvalue())) from None
+    except UsageError:
+        raise
+    except ValueError as error:  # raised by a dataclass's own checks, after its words were parsed
+        raise UsageError(str(error)) from error
+
+
+def _default(cls: Any, preset: str | None, files: list[str], prog: str) -> Any:
+    field = getattr(cls, "configuration", None)
+    if preset is not None and field is None and not hasattr(cls, "from_preset"):
+        raise UsageError(f"{prog} takes no --preset")
+    blank = {item.name: tyro.MISSING for item in dataclasses.fields(cls) if _is_required(item)}
+    default = cls(**blank)
+    if preset is not None:
+        default = cls.from_preset(default, preset)
+    if not files:
+        return default
+    if field is None:
+        return config.load(cls, files, default)
+    below = getattr(default, field)
+    return dataclasses.replace(default, **{field: config.load(type(below), files, below)})
+
+
+def _is_required(field: dataclasses.Field[Any]) -> bool:
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+
+
+def _take(words: list[str], option: str) -> list[str]:
+    """Removes `option VALUE` and `option=VALUE` from `words`; returns the values in order."""
+    values = []
+    position = 0
+    while position < len(words):
+        if words[position] == option:
+            if position + 1 == len(words) or words[position + 1].startswith("--"):
+                raise UsageError(f"{option} needs a value")
+            values.append(words[position + 1])
+            del words[position : position + 2]
+        elif words[position].startswith(option + "="):
+            values.append(words.pop(position).split("=", 1)[1])
+        else:
+            position += 1
+    return values
+
+
+def _one_line(box: str) -> str:
+    """tyro's boxed message (drawn with lines or in ASCII) as one line: what is wrong, and the option that it suggests."""
+    lines = [line.strip(_BOX + " ") for line in box.splitlines()[1:]]  # the first holds only a title
+    blocks = "\n".join(line if line.strip("-+") else "" for line in lines).split("\n\n")
+    first, *others = [" ".join(block.split()) for block in blocks if block.strip()] or ["bad arguments"]
+    meant = re.search(r"Perhaps you meant: *(--[\w.\-]+)", " ".join(others))
+    return first + (f" (did you mean {meant[1]!r}?)" if meant else "")
+
+
+# -- how single words are read ----------------------------------------------------------------------------------------
+
+_REGISTRY = ConstructorRegistry()
+_NUMBERS = {int: (config.parse_human_int, "INT"), float: (config.parse_human_float, "FLOAT")}
+
+
+def _number(kind: Any, read: Any, metavar: str) -> PrimitiveConstructorSpec[Any]:
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar=metavar,
+        instance_from_str=lambda words: read(words[0]),
+        is_instance=lambda value: isinstance(value, kind | int) and not isinstance(value, bool),
+        str_from_instance=lambda value: [str(value)],
+    )
+
+
+@_REGISTRY.primitive_rule
+def _human_numbers(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
+    return _number(info.type, *_NUMBERS[info.type]) if info.type in (int, float) else None
+
+
+@_REGISTRY.primitive_rule
+def _none(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
+    if info.type is not type(None):
+        return None
+
+    def read(words: list[str]) -> None:
+        if words[0] not in (config.NONE, "None"):
+            raise ValueError(f"expected {config.NONE}, got {words[0]!r}")
+
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar=config.NONE,
+        instance_from_str=read,
+        is_instance=lambda value: value is None,
+        str_from_instance=lambda value: [config.NONE],
+    )

@@ -1,0 +1,51 @@
+"""`calm train autoencoder` and `calm train lm`: the two stages."""
+
+import dataclasses
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from calm import presets
+from calm.train.stages import AutoencoderRun, LatentLMRun, train_autoencoder, train_lm
+
+Resume = Literal["auto", "never"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainAutoencoder:
+    """Stage 1: trains the map between a chunk of K tokens and its latent vector."""
+
+    configuration = "settings"  # what files and presets fill; its options carry no prefix
+
+    out: str
+    """The run folder to write (or to go on with)."""
+    resume: Resume = "auto"
+    """auto goes on where a run folder stopped; never refuses a folder that already holds a run."""
+    settings: Annotated[AutoencoderRun, tyro.conf.arg(name="")] = AutoencoderRun()
+
+    @classmethod
+    def from_preset(cls, default: "TrainAutoencoder", name: str) -> "TrainAutoencoder":
+        return dataclasses.replace(default, settings=presets.get(name).autoencoder)
+
+    def run(self) -> dict[str, Any]:
+        return train_autoencoder(self.settings, self.out, self.resume)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainLM:
+    """Stage 2: trains a language model that predicts the next latent vector of a trained autoencoder."""
+
+    configuration = "settings"
+
+    out: str
+    """The run folder to write (or to go on with)."""
+    resume: Resume = "auto"
+    """auto goes on where a run folder stopped; never refuses a folder that already holds a run."""
+    settings: Annotated[LatentLMRun, tyro.conf.arg(name="")] = LatentLMRun()
+
+    @classmethod
+    def from_preset(cls, default: "TrainLM", name: str) -> "TrainLM":
+        return dataclasses.replace(default, settings=presets.get(name).lm)
+
+    def run(self) -> dict[str, Any]:
+        return train_lm(self.settings, self.out, self.resume)
