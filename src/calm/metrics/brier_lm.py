@@ -1,0 +1,233 @@
+"""BrierLM: how good are the predictions of a language model that can only be sampled?
+
+The Brier score of a distribution P at outcome y is 2 P(y) - sum_x P(x)^2, highest in expectation when P is the truth
+Q, where it is sum_x Q(x)^2. It needs no likelihood: with samples x_1 .. x_S of P,
+
+    (2/S) sum_s 1{x_s = y}  -  1/(S(S-1)) sum_{s != t} 1{x_s = x_t}
+
+is unbiased (a U-statistic: it uses every sample and every pair). Brier-n takes the n tokens that follow a chunk
+boundary as one outcome, n = 1..4, and BrierLM is 100 times the geometric mean of the four, each mean floored at 0
+first.
+
+Source: CALM, arXiv:2510.27688, section on BrierLM. Differs: all S samples are used, not two; each order is floored,
+where the published code clamps only the product, so that a collapsed model (every Brier-n = -1) reads 0 here and 100
+there; and tokens may also be drawn from the decoder's softmax, scored by exact inner products. `published_two_sample`
+is the published estimate.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, Shaped
+
+from calm.errors import UsageError
+from calm.metrics.accumulate import BlockSums, Interval, Statistic, bootstrap, paired_bootstrap
+
+ORDERS = 4
+Decoding = Literal["argmax", "drawn", "exact"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TextProtocol:
+    """The text that a score is about: data set with its sha256, split, tokenizer fingerprint, blocks and chunks of
+    how many tokens, and the seed. Stamped on every score.
+    """
+
+    dataset: str
+    sha256: str
+    split: str
+    tokenizer: str
+    block_tokens: int
+    chunk_size: int
+    seed: int = 0
+
+    def __post_init__(self):
+        if self.chunk_size < 1 or self.block_tokens % self.chunk_size:
+            raise UsageError(f"block_tokens {self.block_tokens} must be a multiple of chunk_size {self.chunk_size}")
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    def line(self) -> str:
+        """One line to stand under a table."""
+        return (
+            f"{self.dataset} ({self.sha256[:12]}) {self.split}, tokenizer {self.tokenizer}, "
+            f"blocks of {self.block_tokens} tokens, K={self.chunk_size}, seed {self.seed}"
+        )
+
+    def require_comparable(self, other: "TextProtocol") -> None:
+        """Raises UsageError, naming the field, if the two scores are not of the same text, tokens and positions."""
+        for name in ("sha256", "split", "tokenizer", "block_tokens", "chunk_size"):
+            mine, theirs = getattr(self, name), getattr(other, name)
+            if mine != theirs:
+                raise UsageError(f"scores are not comparable: {name} is {mine} on one side and {theirs} on the other")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Protocol(TextProtocol):
+    """What a score depends on besides the model. Scores of different protocols are not comparable: block size alone
+    moves BrierLM by about 30 %.
+
+    `decoding`: tokens of a latent are the decoder's "argmax" or "drawn" from its softmax; "exact" is a closed form of a
+    model with known probabilities, which has no samples (`num_samples` 0).
+    """
+
+    num_samples: int
+    decoding: Decoding
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.decoding not in ("argmax", "drawn", "exact"):
+            raise UsageError(f"decoding must be argmax, drawn or exact, got {self.decoding!r}")
+        if self.decoding != "exact":
+            _check_samples(self.num_samples)
+
+    def line(self) -> str:
+        """One line to stand under a table."""
+        samples = "closed form" if self.decoding == "exact" else f"S={self.num_samples}, {self.decoding} decoding"
+        return f"{super().line()}, {samples}"
+
+
+def _prefix_and(matches: Bool[Array, "*b K"]) -> Bool[Array, "*b K"]:
+    """Entry k says whether positions 0..k all match. Spelled out: K is at most 4."""
+    columns = [matches[..., 0]]
+    for k in range(1, matches.shape[-1]):
+        columns.append(columns[-1] & matches[..., k])
+    return jnp.stack(columns, axis=-1)
+
+
+def _check_samples(num_samples: int) -> None:
+    if num_samples < 2:
+        raise UsageError(f"num_samples must be at least 2 (the score compares pairs), got {num_samples}")
+
+
+def brier_argmax(tokens: Int[Array, "S *b K"], targets: Int[Array, "*b K"]) -> Float[Array, "*b O"]:
+    """Unbiased Brier-1..O at every position from S token samples, O = min(K, 4); nothing is reduced.
+
+    Entry n-1 takes the first n tokens as one outcome. Values lie in [-1, 2], unscaled. Memory is that of `tokens`.
+    """
+    num_samples, orders = tokens.shape[0], min(tokens.shape[-1], ORDERS)
+    _check_samples(num_samples)
+    tokens, targets = tokens[..., :orders], targets[..., :orders]
+    hits = _prefix_and(tokens == targets).sum(0)
+
+    def count_equal(total, sample):
+        return total + _prefix_and(tokens == sample).sum(0), None
+
+    pairs, _ = jax.lax.scan(count_equal, jnp.zeros_like(hits), tokens)
+    # Integers up to here, and every sample equals itself once.
+    return (2 / num_samples) * hits - (pairs - num_samples) / (num_samples * (num_samples - 1))
+
+
+def brier_drawn(logits: Float[Array, "S *b K V"], targets: Int[Array, "*b K"]) -> Float[Array, "*b O"]:
+    """Brier-1..O at every position when tokens are drawn from the decoder's softmax: the expectation over those
+    draws, exactly.
+
+    Given its latent, sample s has the law prod_k p_{s,k}. So 1{x_s = y} becomes prod_k p_{s,k}(y_k) and 1{x_s = x_t}
+    becomes prod_k <p_{s,k}, p_{t,k}>: less variance than drawing tokens, and equal to `brier_argmax` when the softmax
+    is peaked.
+    """
+    num_samples, orders = logits.shape[0], min(logits.shape[-2], ORDERS)
+    _check_samples(num_samples)
+    probabilities = jax.nn.softmax(logits[..., :orders, :].astype(jnp.float32), axis=-1)
+    chosen = jnp.broadcast_to(targets[None, ..., :orders, None], (*probabilities.shape[:-1], 1))
+    hits = jnp.cumprod(jnp.take_along_axis(probabilities, chosen, axis=-1)[..., 0], axis=-1).sum(0)
+    inner = jnp.einsum("s...kv,t...kv->...kst", probabilities, probabilities)
+    others = 1 - jnp.eye(num_samples)
+    pairs = (jnp.cumprod(inner, axis=-3) * others).sum((-2, -1))
+    return (2 / num_samples) * hits - pairs / (num_samples * (num_samples - 1))
+
+
+def brier_drawn_from_latents(
+    logits_of: Callable[[Float[Array, "S r Z"]], Float[Array, "S r K V"]],
+    latents: Float[Array, "S *b Z"],
+    targets: Int[Array, "*b K"],
+    *,
+    max_floats: int = 2**24,
+) -> Float[Array, "*b O"]:
+    """`brier_drawn(logits_of(latents), targets)`, a few positions at a time: at most about `max_floats` logits exist
+    at once.
+    """
+    num_samples, width = latents.shape[0], latents.shape[-1]
+    lead, chunk_size = targets.shape[:-1], targets.shape[-1]
+    rows = int(np.prod(lead))
+    flat, wanted = latents.reshape(num_samples, rows, width), targets.reshape(rows, chunk_size)
+    shape = jax.eval_shape(logits_of, jax.ShapeDtypeStruct((num_samples, 1, width), latents.dtype))
+    step = min(rows, max(1, max_floats // shape.size))
+    padding = -rows % step
+    flat = jnp.pad(flat, ((0, 0), (0, padding), (0, 0))).reshape(num_samples, -1, step, width).swapaxes(0, 1)
+    wanted = jnp.pad(wanted, ((0, padding), (0, 0))).reshape(-1, step, chunk_size)
+    scores = jax.lax.map(lambda pair: brier_drawn(logits_of(pair[0]), pair[1]), (flat, wanted))
+    return scores.reshape(rows + padding, -1)[:rows].reshape(*lead, -1)
+
+
+class PublishedBrier(NamedTuple):
+    """The published estimate, unscaled as the published code prints it."""
+
+    brier_n: Float[Array, "4"]
+    brier_lm: Float[Array, ""]
+
+
+def published_two_sample(tokens: Int[Array, "S *b K"], targets: Int[Array, "*b K"]) -> PublishedBrier:
+    """The estimate of the published code: the first two samples, n-grams from the chunk start, only the product
+    clamped.
+
+    Kept for parity alone. A collapsed model has every Brier-n at -1, a product of +1 and so a perfect score; use
+    `brier_lm`. The published code rolls on along its first sample for K < 4; here that is an error.
+    """
+    if tokens.shape[-1] < ORDERS:
+        raise UsageError(f"the published estimate needs chunks of at least {ORDERS} tokens, got {tokens.shape[-1]}")
+    scores = brier_argmax(tokens[:2], targets)
+    brier_n = scores.reshape(-1, ORDERS).mean(0)
+    return PublishedBrier(brier_n, jnp.maximum(jnp.prod(brier_n), 0) ** (1 / ORDERS))
+
+
+def brier_lm(means: Shaped[np.ndarray, "*draws F"]) -> np.ndarray:
+    """100 (prod_n max(Brier-n, 0))^(1/4) of mean Brier-1..4, `[*draws]`. Floored before the product, order by order.
+
+    Raises:
+        UsageError: fewer than four orders, that is K < 4.
+    """
+    if means.shape[-1] != ORDERS:
+        raise UsageError(
+            f"BrierLM needs Brier-1..{ORDERS}, got {means.shape[-1]} orders (chunks of fewer than {ORDERS} tokens)"
+        )
+    return np.asarray(100 * np.prod(np.maximum(means, 0), axis=-1) ** (1 / ORDERS))
+
+
+def _statistics(orders: int) -> list[Statistic]:
+    each: list[Statistic] = [lambda means, n=n: 100 * means[..., n] for n in range(orders)]
+    return [*each, brier_lm] if orders == ORDERS else each
+
+
+class BrierIntervals(NamedTuple):
+    """Brier-1..O times 100 and BrierLM with their intervals; BrierLM is None for K < 4."""
+
+    brier_n: list[Interval]
+    brier_lm: Interval | None
+
+
+def _split(intervals: Sequence[Interval], orders: int) -> BrierIntervals:
+    return BrierIntervals(list(intervals[:orders]), intervals[orders] if orders == ORDERS else None)
+
+
+def brier_intervals(sums: BlockSums, *, draws: int = 2000, seed: int = 0, level: float = 0.95) -> BrierIntervals:
+    """Brier-n (x100, not floored) and BrierLM (floored in every resampling as in the estimate), by bootstrap over
+    documents.
+    """
+    orders = sums.total.shape[1]
+    return _split(bootstrap(sums, _statistics(orders), draws=draws, seed=seed, level=level), orders)
+
+
+def compare_brier(
+    first: BlockSums, second: BlockSums, *, draws: int = 2000, seed: int = 0, level: float = 0.95
+) -> BrierIntervals:
+    """first - second by paired bootstrap on the same blocks. "Above" means that the interval excludes 0."""
+    orders = first.total.shape[1]
+    if second.total.shape[1] != orders:
+        raise UsageError(f"a paired comparison needs the same orders, got {orders} and {second.total.shape[1]}")
+    return _split(paired_bootstrap(first, second, _statistics(orders), draws=draws, seed=seed, level=level), orders)
