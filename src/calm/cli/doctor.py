@@ -54,7 +54,7 @@ class Doctor:
             "disk": {"folder": str(folder.resolve()), "free_bytes": shutil.disk_usage(folder).free},
             "devices": _devices(),
         }
-        if self.probe:
+        if self.probe and not report["devices"][0].startswith("none"):
             report["matrix_rates"] = _matrix_rates()
         report["advice"] = advice(report)
         return report
@@ -72,7 +72,7 @@ class Doctor:
         rates = report.get("matrix_rates")
         if rates:
             lines.append(
-                f"matrices   bfloat16 {rates['bfloat16']:.0f}, float32 {rates['float32']:.0f} GFLOP/s: "
+                f"matrices   bfloat16 {rates['bfloat16'] / 1e9:.0f}, float32 {rates['float32'] / 1e9:.0f} GFLOP/s: "
                 f"training uses {rates['precision']}"
             )
         lines += [
@@ -147,8 +147,8 @@ def _devices() -> list[str]:
         return [f"none: jax fails with {type(error).__name__}: {' '.join(str(error).split())}"]
 
 
-def _matrix_rates() -> dict[str, Any] | None:
+def _matrix_rates() -> dict[str, Any]:
     from calm.train import machine
 
-    rates = machine.matrix_rates()
-    return {**rates, "precision": machine.choose_precision(rates)}
+    rates = machine.probe()
+    return {**rates._asdict(), "precision": machine.choose_precision("auto", rates)}
