@@ -1,0 +1,83 @@
+"""`calm data prepare` and `calm data inspect`."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from calm.errors import UsageError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataPrepare:
+    """Turn text into a tokenizer and memory-mapped token shards. Run it again after an interruption and it goes on."""
+
+    source: str = "pydoc"
+    """pydoc (the documentation inside Python), a file or folder of .txt, .jsonl or .parquet, or hf:NAME[:SUBSET]"""
+    out: Path
+    """the folder to fill"""
+    tokenizer: str = "bpe:8192"
+    """bytes, bpe:SIZE (trained on the train split), a tokenizer.json, or a tiktoken rank file"""
+    field: str = "text"
+    """where .jsonl, .parquet and hub records hold their text"""
+    separator: str | None = None
+    """what stands between the documents of a .txt, such as '<|endoftext|>'; \\n and \\t are understood"""
+    valid: float = 0.05
+    """share held out for validation when no file name says the split"""
+    test: float = 0.05
+    """share held out for the final test, likewise"""
+    shard_tokens: int = 100_000_000
+    """tokens in one shard file"""
+    license: str = ""
+    """the licence of the text, stamped into the manifest"""
+    overwrite: bool = False
+    """replace what the folder holds"""
+
+    def run(self) -> dict[str, Any]:
+        from calm.text.prepare import prepare
+        from calm.text.summary import summarize
+
+        separator = self.separator
+        if separator is not None:
+            separator = separator.replace("\\n", "\n").replace("\\t", "\t")
+            if not separator:
+                raise UsageError("separator: need at least one character, or leave it out")
+        prepare(
+            self.source,
+            self.out,
+            self.tokenizer,
+            field=self.field,
+            separator=separator,
+            valid=self.valid,
+            test=self.test,
+            shard_tokens=self.shard_tokens,
+            license=self.license,
+            overwrite=self.overwrite,
+        )
+        return summarize(self.out, examples=0)
+
+    def show(self, result: dict[str, Any]) -> str:
+        from calm.text.summary import show_summary
+
+        return show_summary(result)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataInspect:
+    """Show counts, bytes per token and decoded examples of prepared data."""
+
+    data: Path
+    """the folder that `calm data prepare` filled"""
+    examples: int = 2
+    """documents shown for each split"""
+    length: int = 200
+    """tokens shown of each"""
+
+    def run(self) -> dict[str, Any]:
+        from calm.text.summary import summarize
+
+        return summarize(self.data, examples=self.examples, length=self.length)
+
+    def show(self, result: dict[str, Any]) -> str:
+        from calm.text.summary import show_summary
+
+        return show_summary(result)

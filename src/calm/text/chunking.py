@@ -1,0 +1,41 @@
+"""Prompts -> chunks of K tokens. The end of a prompt is a chunk boundary: what is missing goes in front, as begin ids.
+
+Training windows at document starts look the same (`calm.text.batches`), so a model has seen every number of begins, 1..K.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Int
+
+from calm.errors import UsageError
+
+
+def chunk_prompt(ids: Int[np.ndarray, "T"] | Sequence[int], chunk_size: int, begin_id: int) -> Int[np.ndarray, "N K"]:
+    """The first T mod K tokens, behind K - (T mod K) begins, then whole chunks: N = T // K + 1.
+
+    The empty prompt is one chunk of begins, the unconditional start.
+    """
+    if chunk_size < 1:
+        raise UsageError(f"chunk_size: need at least 1, got {chunk_size}")
+    row = np.asarray(ids, np.int32)
+    begins = np.full(chunk_size - len(row) % chunk_size, begin_id, np.int32)
+    return np.concatenate([begins, row]).reshape(-1, chunk_size)
+
+
+def pad_prompts(
+    prompts: Sequence[Int[np.ndarray, "_"] | Sequence[int]], chunk_size: int, begin_id: int
+) -> tuple[Int[np.ndarray, "B N K"], Int[np.ndarray, "B"]]:
+    """Prompts of any lengths as one batch, aligned at their ends.
+
+    Returns the chunks, padded on the left with chunks of begins, and `starts`: each row's first chunk that is not padding.
+    """
+    if not prompts:
+        raise UsageError("prompts: need at least one")
+    rows = [chunk_prompt(prompt, chunk_size, begin_id) for prompt in prompts]
+    longest = max(len(row) for row in rows)
+    chunks = np.full((len(rows), longest, chunk_size), begin_id, np.int32)
+    starts = np.array([longest - len(row) for row in rows], np.int32)
+    for chunk_row, row, start in zip(chunks, rows, starts, strict=True):
+        chunk_row[start:] = row
+    return chunks, starts

@@ -1,0 +1,166 @@
+"""What the user calls a source, as a stream of documents in pieces.
+
+    pydoc                      the documentation inside this Python (python_docs)
+    a file or a folder         .txt, .jsonl, .parquet (files)
+    hf:NAME or hf:NAME:SUBSET  a data set of the Hugging Face hub (hub)
+
+A source has parts (files, hub splits), each of which belongs to a split. A part can be read again from the start, always with
+the same pieces, or from a document on.
+"""
+
+import abc
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from calm.errors import UsageError
+from calm.text import files, python_docs
+from calm.text.hub import HubDataset
+from calm.text.pieces import Piece, cut_text
+
+
+class Part(NamedTuple):
+    """A file or a hub split. `split`: where its documents go before any are held out."""
+
+    name: str
+    split: str
+    bytes: int
+
+
+class Source(abc.ABC):
+    """Documents in a fixed order.
+
+    `name` is stamped on results and holds no local folder; `named` says that the parts' names gave the splits; `scannable` that
+    reading it twice is cheap; `license` is what we know about it.
+    """
+
+    name: str
+    kind: str
+    parts: tuple[Part, ...]
+    named: bool = False
+    scannable: bool = True
+    license: str = ""
+
+    @abc.abstractmethod
+    def pieces(self, part: int, feed: files.Feed | None = None) -> Iterator[Piece]:
+        """The documents of a part from its start; `feed` gets the bytes that the checksum is about."""
+
+    def pieces_from(self, part: int, document: int) -> Iterator[Piece]:
+        """The same from a document on (an empty document counts)."""
+        pieces = self.pieces(part)
+        for _ in range(document):
+            while not next(pieces).last:
+                pass
+        return pieces
+
+    def stamp(self) -> dict[str, Any]:
+        """What the manifest says beyond name, kind and checksum."""
+        return {}
+
+    def state(self) -> Any:
+        """JSON that changes when the source does; compared before an interrupted run goes on."""
+        return [[part.name, part.bytes] for part in self.parts]
+
+
+def open_source(spec: str | Path, *, field: str = "text", separator: str | None = None) -> Source:
+    """The source that the user named.
+
+    Args:
+      field: where .jsonl, .parquet and hub records hold their text.
+      separator: what stands between the documents of a .txt, such as "<|endoftext|>"; None: the file is one document.
+    """
+    if str(spec) == "pydoc":
+        return PythonDocs()
+    if str(spec).startswith("hf:"):
+        return Hub(str(spec), field)
+    return Files(Path(spec), field, separator)
+
+
+class PythonDocs(Source):
+    kind = name = "pydoc"
+    license = python_docs.LICENSE
+
+    def __init__(self):
+        self._documents = list(python_docs.python_documents())
+        if not self._documents:
+            raise UsageError("source pydoc: this Python comes without its standard library's sources; give a file or folder")
+        self.parts = (Part("pydoc", "train", sum(len(text.encode()) for text in self._documents)),)
+
+    def pieces(self, part: int, feed: files.Feed | None = None) -> Iterator[Piece]:
+        for text in self._documents:
+            if feed:
+                feed(text.encode())
+            yield from cut_text(text)
+
+    def stamp(self) -> dict[str, Any]:
+        return {"python": python_docs.python_version()}
+
+    def state(self) -> Any:
+        return [python_docs.python_version(), self.parts[0].bytes]
+
+
+class Files(Source):
+    """A file, or a folder whose file names may say the split. With train files present, files of no split are left out."""
+
+    kind = "files"
+
+    def __init__(self, path: Path, field: str, separator: str | None):
+        found = files.list_files(path)
+        self.name = path.resolve().name
+        self._field, self._separator = field, separator
+        splits = {file: files.split_of(file, path) if path.is_dir() else None for file in found}
+        self.named = any(splits.values())
+        unnamed = "left out" if "train" in splits.values() else "train"
+        self._paths = [file for file in found if (splits[file] or unnamed) != "left out"]
+        self.left_out = [file.name for file in found if file not in self._paths]
+        self.parts = tuple(
+            Part(
+                file.relative_to(path).as_posix() if path.is_dir() else file.name,
+                splits[file] or "train",
+                file.stat().st_size,
+            )
+            for file in self._paths
+        )
+        if all(part.split != "train" for part in self.parts):
+            raise UsageError(f"source {path}: every file is named valid or test; name one train, or give a single file")
+
+    def pieces(self, part: int, feed: files.Feed | None = None) -> Iterator[Piece]:
+        return files.read_pieces(self._paths[part], field=self._field, separator=self._separator, feed=feed)
+
+    def stamp(self) -> dict[str, Any]:
+        listed = [{"file": part.name, "split": part.split, "bytes": part.bytes} for part in self.parts]
+        return {"files": listed, "left_out": self.left_out}
+
+    def state(self) -> Any:
+        return [[part.name, part.bytes, path.stat().st_mtime_ns] for part, path in zip(self.parts, self._paths, strict=True)]
+
+
+class Hub(Source):
+    kind = "hub"
+    scannable = False
+
+    def __init__(self, spec: str, field: str):
+        self._dataset = HubDataset(spec, field)
+        # hf: also takes a local folder, whose path is nobody's business
+        local = Path(spec.removeprefix("hf:"))
+        self.name = f"hf:{local.name}" if local.exists() else spec
+        self.named = len(self._dataset.splits) > 1
+        self.parts = tuple(Part(self._dataset.splits[ours], ours, 0) for ours in self._dataset.splits)
+        self._revision = self._dataset.revision()
+
+    def pieces(self, part: int, feed: files.Feed | None = None) -> Iterator[Piece]:
+        return self._cut(part, 0)
+
+    def pieces_from(self, part: int, document: int) -> Iterator[Piece]:
+        return self._cut(part, document)
+
+    def _cut(self, part: int, document: int) -> Iterator[Piece]:
+        texts = self._dataset.documents(self.parts[part].split, skip=document)
+        return itertools.chain.from_iterable(map(cut_text, texts))
+
+    def stamp(self) -> dict[str, Any]:
+        return {"revision": self._revision}
+
+    def state(self) -> Any:
+        return [self.name, self._revision, *super().state()]

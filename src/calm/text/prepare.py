@@ -1,0 +1,361 @@
+"""A source -> a folder of token shards. Any size in bounded memory, on all cores, and it goes on after a kill or a full disk.
+
+Steps, each recorded in a journal when it is done:
+  1. scan     read the source once: checksum, counts, is it text (a hub data set is streamed and not scanned)
+  2. train    byte-level BPE on an even sample of the train split, at most SAMPLE characters
+  3. encode   pieces in batches; every few batches the shards are synced and the journal says how far they count
+The manifest is written last: a folder with a manifest is complete. The tokens of a piece depend on nothing but the piece, so
+an interrupted and resumed run ends in the same bytes as one that was left alone.
+"""
+
+import contextlib
+import dataclasses
+import errno
+import hashlib
+import itertools
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from calm.errors import CalmError, UsageError
+from calm.text.corpus import Source, open_source
+from calm.text.progress import Progress
+from calm.text.shards import FORMAT, JOURNAL, Manifest, read_manifest
+from calm.text.splits import NAMES, Labelled, SplitPlan, describe, make_plan
+from calm.text.tokenizer import Tokenizer, bpe_size, load_tokenizer, require_same_tokenizer, train_bpe
+from calm.text.writer import SplitWriter, write_whole
+
+SAMPLE = 50_000_000  # characters a BPE is trained on
+BATCH = 1 << 21  # characters encoded at once: enough for every core, little enough for memory
+CHECKPOINT = 4  # batches between two entries of the journal
+
+
+@dataclasses.dataclass(kw_only=True)
+class Cursor:
+    """How far the source has been read.
+
+    part, document, piece: where; train_documents, train_characters: what of the train parts lies behind; checksum: chained
+    over the texts, for sources that are read only once.
+    """
+
+    part: int = 0
+    document: int = 0
+    piece: int = 0
+    train_documents: int = 0
+    train_characters: int = 0
+    bytes: int = 0
+    checksum: str = ""
+
+
+def prepare(
+    source: str | Path,
+    out: str | Path,
+    tokenizer: str | Path = "bpe:8192",
+    *,
+    field: str = "text",
+    separator: str | None = None,
+    valid: float = 0.05,
+    test: float = 0.05,
+    shard_tokens: int = 100_000_000,
+    license: str = "",
+    overwrite: bool = False,
+    quiet: bool = False,
+) -> Manifest:
+    """Prepares `source` in the folder `out`, going on where an interrupted run stopped.
+
+    Args:
+      source: pydoc, a file, a folder, hf:NAME[:SUBSET] (`calm.text.corpus`).
+      tokenizer: bytes, bpe:SIZE (trained on the train split), a tokenizer.json or a tiktoken rank file.
+      field, separator: where records hold their text; what separates documents in a .txt.
+      valid, test: shares held out when no file name says the split.
+      shard_tokens: tokens in a shard file.
+      license: stamped into the manifest.
+      overwrite: replaces what `out` holds, whatever it was made from.
+
+    Raises:
+      UsageError: the source is missing, empty or not text; `out` was made from something else.
+      CalmError: the disk is full (what was written stays and the same call goes on).
+    """
+    out = Path(out)
+    try:
+        if shard_tokens < 1:
+            raise UsageError(f"shard_tokens: need at least 1, got {shard_tokens}")
+        opened = open_source(source, field=field, separator=separator)
+        out.mkdir(parents=True, exist_ok=True)
+        if overwrite:
+            _remove(out)
+        request = {
+            "source": opened.name,
+            "tokenizer": Path(tokenizer).name if bpe_size(tokenizer) is None else str(tokenizer),
+            "field": field,
+            "separator": separator,
+            "valid": valid,
+            "test": test,
+            "shard_tokens": shard_tokens,
+            "license": license or opened.license,
+        }
+        return _Job(opened, out, tokenizer, request, quiet).run()
+    except FileExistsError as error:
+        raise UsageError(f"out {out}: a file is in the way of the folder") from error
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise CalmError(f"out {out}: the disk is full; make room and run the same command again, it goes on") from error
+        raise
+
+
+class _Job:
+    def __init__(self, source: Source, out: Path, tokenizer: str | Path, request: dict[str, Any], quiet: bool):
+        self.source, self.out, self.spec, self.request, self.quiet = source, out, tokenizer, request, quiet
+        self.journal: dict[str, Any] = {"request": request, "state": source.state()}
+
+    def run(self) -> Manifest:
+        if (self.out / "manifest.json").is_file():
+            return self._already_done()
+        if (self.out / JOURNAL).is_file():
+            self._go_on()
+        elif next(self.out.glob("*.bin"), None) is not None:
+            raise UsageError(f"out {self.out}: holds .bin files but no manifest; choose another folder or --overwrite")
+        scanned = self._scanned()
+        plan = make_plan(self.source, self.request["valid"], self.request["test"], scanned["documents"], scanned["characters"])
+        tokenizer = self._tokenizer(plan, scanned)
+        entries, cursor = self._encode(plan, tokenizer, scanned["text_bytes"])
+        if not entries["train"]["tokens"]:
+            raise UsageError(f"source {self.source.name}: no text for the train split")
+        content = {"sha256": scanned["sha256"] or cursor.checksum, "bytes": scanned["bytes"] or cursor.bytes}
+        manifest = Manifest(
+            format=FORMAT,
+            source={"name": self.source.name, "kind": self.source.kind, **content, **self.source.stamp()},
+            license=self.request["license"],
+            tokenizer={
+                "spec": self.request["tokenizer"],
+                "vocab_size": tokenizer.vocab_size,
+                "fingerprint": tokenizer.fingerprint,
+            },
+            dtype=_dtype(tokenizer),
+            held_out=describe(plan),
+            splits={name: entry for name, entry in entries.items() if entry["tokens"]},
+            request=self.request,
+        )
+        write_whole(self.out / "manifest.json", manifest.to_json())
+        self._clean_up()
+        return manifest
+
+    # -- what is there already ----------------------------------------------------------------------------------------
+
+    def _already_done(self) -> Manifest:
+        """The same request of the same content was finished: nothing to do."""
+        manifest = read_manifest(self.out)
+        self._require_same_request(manifest.request)
+        self._require_given_tokenizer(manifest.tokenizer["fingerprint"])
+        content = self._scan()["sha256"] if self.source.scannable else manifest.source["sha256"]
+        if content != manifest.source["sha256"]:
+            raise UsageError(
+                f"out {self.out}: was prepared from other content of {self.source.name}; give --overwrite to redo it"
+            )
+        self._say(f"{self.out}: already prepared")
+        self._clean_up()
+        return manifest
+
+    def _go_on(self) -> None:
+        try:
+            journal = json.loads((self.out / JOURNAL).read_text(encoding="utf-8"))
+            self._require_same_request(journal["request"])
+        except (ValueError, KeyError, TypeError) as error:
+            if isinstance(error, UsageError):
+                raise
+            raise UsageError(f"out {self.out / JOURNAL}: damaged; start over with --overwrite") from error
+        if journal["state"] != json.loads(json.dumps(self.source.state())):
+            raise UsageError(f"out {self.out}: the source changed since the interrupted run; start over with --overwrite")
+        self.journal = journal
+        if "tokenizer" in journal:
+            self._require_given_tokenizer(journal["tokenizer"])
+        self._say(f"{self.out}: going on where the last run stopped")
+
+    def _require_same_request(self, before: dict[str, Any]) -> None:
+        for key, value in self.request.items():
+            if before.get(key) != value:
+                raise UsageError(
+                    f"out {self.out}: was prepared with {key}={before.get(key)!r}, now asked {value!r}; "
+                    "choose another folder or give --overwrite"
+                )
+
+    def _require_given_tokenizer(self, before: str) -> None:
+        """A file of the same name may hold another tokenizer now."""
+        if bpe_size(self.spec) is None and load_tokenizer(self.spec).fingerprint != before:
+            raise UsageError(
+                f"out {self.out}: was prepared with another tokenizer than {self.spec}; give --overwrite to redo it"
+            )
+
+    def _record(self, **entries: Any) -> None:
+        self.journal.update(entries)
+        write_whole(self.out / JOURNAL, json.dumps(self.journal))
+
+    def _clean_up(self) -> None:
+        for name in NAMES:
+            (self.out / f"{name}.documents.part").unlink(missing_ok=True)
+        (self.out / JOURNAL).unlink(missing_ok=True)
+
+    def _say(self, line: str) -> None:
+        if not self.quiet:
+            print(line, file=sys.stderr, flush=True)
+
+    # -- 1. scan ------------------------------------------------------------------------------------------------------
+
+    def _scanned(self) -> dict[str, Any]:
+        if "scan" not in self.journal:
+            nothing = dict.fromkeys(("sha256", "bytes", "documents", "characters", "text_bytes"))
+            self._record(scan=self._scan() if self.source.scannable else nothing)
+        return self.journal["scan"]
+
+    def _scan(self) -> dict[str, Any]:
+        """Checksum and bytes of the content; documents and characters of the train parts."""
+        checksum = hashlib.sha256()
+        counts = {"bytes": 0, "documents": 0, "characters": 0, "text_bytes": 0}
+        with Progress("scan", sum(part.bytes for part in self.source.parts), quiet=self.quiet) as progress:
+
+            def feed(block: bytes) -> None:
+                checksum.update(block)
+                counts["bytes"] += len(block)
+                progress.advance(len(block))
+
+            for index, part in enumerate(self.source.parts):
+                for piece in self.source.pieces(index, feed):
+                    counts["text_bytes"] += _size(piece.text)
+                    if part.split == "train":
+                        counts["documents"] += piece.last
+                        counts["characters"] += len(piece.text)
+        if not counts["characters"]:
+            raise UsageError(f"source {self.source.name}: no text for the train split")
+        return {"sha256": checksum.hexdigest(), **counts}
+
+    # -- 2. tokenizer -------------------------------------------------------------------------------------------------
+
+    def _tokenizer(self, plan: SplitPlan, scanned: dict[str, Any]) -> Tokenizer:
+        path = self.out / "tokenizer.json"
+        if "tokenizer" in self.journal:
+            tokenizer = load_tokenizer(path)
+            require_same_tokenizer(tokenizer.fingerprint, self.journal["tokenizer"], f"data {path}")
+            return tokenizer
+        size = bpe_size(self.spec)
+        tokenizer = load_tokenizer(self.spec) if size is None else self._train(plan, size, scanned["characters"])
+        tokenizer.save(path)
+        self._record(tokenizer=tokenizer.fingerprint)
+        return tokenizer
+
+    def _train(self, plan: SplitPlan, size: int, characters: int | None) -> Tokenizer:
+        share = min(1.0, SAMPLE / characters) if characters else 1.0
+        sample = min(SAMPLE, characters or SAMPLE)
+        with Progress("train", sample, quiet=self.quiet) as progress:
+
+            def texts() -> Iterator[str]:
+                taken = 0
+                for index, item in enumerate(
+                    item for _, items in self._walk(plan, Cursor()) for item in items if item.split == "train"
+                ):
+                    if int((index + 1) * share) > int(index * share):
+                        taken += len(item.text)
+                        progress.advance(len(item.text))
+                        yield item.text
+                    if taken >= SAMPLE:
+                        return
+
+            trained = train_bpe(texts(), size)
+        if trained.vocab_size < size:
+            self._say(f"tokenizer: the text holds merges for {trained.vocab_size} of {size} ids")
+        return trained
+
+    # -- 3. encode ----------------------------------------------------------------------------------------------------
+
+    def _encode(self, plan: SplitPlan, tokenizer: Tokenizer, total: int | None) -> tuple[dict[str, Any], Cursor]:
+        cursor = Cursor(**self.journal.get("cursor", {}))
+        counts = self.journal.get("splits", {})
+        writers = {
+            name: SplitWriter(
+                self.out,
+                name,
+                dtype=_dtype(tokenizer),
+                shard_tokens=self.request["shard_tokens"],
+                end_id=tokenizer.end_id,
+                counts=counts.get(name),
+            )
+            for name in NAMES
+        }
+        with contextlib.ExitStack() as stack, Progress("encode", total, quiet=self.quiet) as progress:
+            for writer in writers.values():
+                stack.callback(writer.close)
+            progress.skip(cursor.bytes)
+            for number, batch in enumerate(_batches(self._walk(plan, cursor)), 1):
+                before = cursor.bytes
+                cursor = self._write(batch, tokenizer, writers)
+                progress.advance(cursor.bytes - before)
+                if number % CHECKPOINT == 0:
+                    flushed = {name: writer.flush() for name, writer in writers.items()}
+                    self._record(cursor=dataclasses.asdict(cursor), splits=flushed)
+            return {name: writer.finish() for name, writer in writers.items()}, cursor
+
+    def _write(
+        self, batch: list[tuple[Cursor, list[Labelled]]], tokenizer: Tokenizer, writers: dict[str, SplitWriter]
+    ) -> Cursor:
+        items = [item for _, items in batch for item in items]
+        rows = tokenizer.encode_batch([item.text for item in items])
+        for item, row in zip(items, rows, strict=True):
+            for name, writer in writers.items():
+                if name != item.split:
+                    writer.end_document()  # a document that was cut by the edge between two splits
+            writers[item.split].append(row, _size(item.text), item.last)
+        return batch[-1][0]
+
+    def _walk(self, plan: SplitPlan, start: Cursor) -> Iterator[tuple[Cursor, list[Labelled]]]:
+        """Each piece with its split, and where the source stands behind it. Never changes `start`."""
+        cursor = dataclasses.replace(start)
+        for part in range(start.part, len(self.source.parts)):
+            split = self.source.parts[part].split
+            for text, last in itertools.islice(self.source.pieces_from(part, cursor.document), cursor.piece, None):
+                items: list[Labelled] = []
+                if text or cursor.piece:  # else an empty document, which is counted and left out
+                    items = list(plan.label(text, last, split, cursor.train_documents, cursor.train_characters))
+                if split == "train":
+                    cursor.train_characters += len(text)
+                    cursor.train_documents += last
+                cursor.document, cursor.piece = (cursor.document + 1, 0) if last else (cursor.document, cursor.piece + 1)
+                cursor.bytes += _size(text)
+                if not self.source.scannable:
+                    cursor.checksum = hashlib.sha256(cursor.checksum.encode() + text.encode()).hexdigest()
+                yield dataclasses.replace(cursor), items
+            cursor.part, cursor.document, cursor.piece = part + 1, 0, 0
+
+
+# -- parts ------------------------------------------------------------------------------------------------------------
+
+
+def _batches(walk: Iterator[tuple[Cursor, list[Labelled]]]) -> Iterator[list[tuple[Cursor, list[Labelled]]]]:
+    """Groups of about BATCH characters."""
+    batch: list[tuple[Cursor, list[Labelled]]] = []
+    size = 0
+    for cursor, items in walk:
+        batch.append((cursor, items))
+        size += sum(len(item.text) for item in items) + 1
+        if size >= BATCH:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _size(text: str) -> int:
+    return len(text) if text.isascii() else len(text.encode())
+
+
+def _dtype(tokenizer: Tokenizer) -> str:
+    return "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
+
+
+def _remove(out: Path) -> None:
+    """What `prepare` writes and nothing else."""
+    for name in NAMES:
+        for path in [*out.glob(f"{name}-[0-9]*.bin"), *out.glob(f"{name}.bin.part"), *out.glob(f"{name}.documents.*")]:
+            path.unlink()
+    for name in ("manifest.json", "tokenizer.json", JOURNAL):
+        (out / name).unlink(missing_ok=True)

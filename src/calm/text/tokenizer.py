@@ -1,0 +1,280 @@
+"""Tokenizers: text <-> ids, with the three special tokens of this library and a fingerprint.
+
+Three kinds, one interface: raw bytes; any Hugging Face `tokenizer.json` (our own byte-level BPE among them); a tiktoken rank
+file (extra `tiktoken`). Each knows `<|begin|>` (fills the front of a prompt's first chunk), `<|end|>` (follows every document)
+and `<|mask|>` (what a masked token becomes in the autoencoder). A file that lacks them gets them appended behind its own ids;
+Llama 3's `<|begin_of_text|>` and `<|end_of_text|>` are taken for begin and end, as the published CALM models use them.
+
+Text that happens to contain the words "<|end|>" is text: no input can produce a special id.
+"""
+
+import abc
+import base64
+import binascii
+import functools
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tokenizers
+from jaxtyping import Int
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from calm.errors import UsageError, require_extra
+
+BEGIN, END, MASK = SPECIALS = ("<|begin|>", "<|end|>", "<|mask|>")
+_ALSO = {BEGIN: "<|begin_of_text|>", END: "<|end_of_text|>"}
+KINDS = "bytes, bpe:SIZE, a tokenizer.json or a tiktoken rank file"
+
+# The split pattern of Llama 3 and cl100k; a rank file does not say its own.
+RANK_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
+    r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+class Tokenizer(abc.ABC):
+    """Text <-> ids. `vocab_size` counts every id, the specials too; ids are int32 arrays."""
+
+    vocab_size: int
+    begin_id: int
+    end_id: int
+    mask_id: int
+
+    def encode(self, text: str) -> Int[np.ndarray, "T"]:
+        """The ids of `text` and nothing else: no begin, no end."""
+        return self.encode_batch([text])[0]
+
+    @abc.abstractmethod
+    def encode_batch(self, texts: Sequence[str]) -> list[Int[np.ndarray, "T"]]:
+        """`encode` of each text, on all cores."""
+
+    @abc.abstractmethod
+    def decode(self, ids: Int[np.ndarray, "T"] | Sequence[int]) -> str:
+        """The text of `ids`; special ids are dropped, bytes that are not UTF-8 become U+FFFD."""
+
+    @abc.abstractmethod
+    def to_json(self) -> str:
+        """What `save` writes and `load_tokenizer` reads back."""
+
+    @abc.abstractmethod
+    def _identity(self) -> Any:
+        """JSON of all that decides which ids a text gets, and nothing that a new library version may spell differently."""
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """16 hexadecimal digits; equal exactly when the vocabulary and the rules are equal."""
+        content = json.dumps(self._identity(), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+    def save(self, path: str | Path) -> None:
+        """Writes the file whole or not at all."""
+        path = Path(path)
+        temporary = path.with_name(path.name + ".tmp")
+        temporary.write_text(self.to_json(), encoding="utf-8")
+        os.replace(temporary, path)
+
+
+class ByteTokenizer(Tokenizer):
+    """One id a byte of UTF-8 (0..255), then begin, end, mask (256..258)."""
+
+    vocab_size, begin_id, end_id, mask_id = 259, 256, 257, 258
+
+    def encode_batch(self, texts: Sequence[str]) -> list[Int[np.ndarray, "T"]]:
+        return [np.frombuffer(text.encode(), np.uint8).astype(np.int32) for text in texts]
+
+    def decode(self, ids: Int[np.ndarray, "T"] | Sequence[int]) -> str:
+        values = np.asarray(ids, np.int64)
+        return values[values < 256].astype(np.uint8).tobytes().decode("utf-8", errors="replace")
+
+    def to_json(self) -> str:
+        """A tokenizer.json that every Hugging Face reader understands: byte-level BPE without a merge."""
+        characters = _byte_characters()
+        blank = _byte_level(models.BPE(vocab={character: byte for byte, character in enumerate(characters)}, merges=[]))
+        blank.add_special_tokens(list(SPECIALS))
+        return blank.to_str(pretty=True)
+
+    def _identity(self) -> Any:
+        return {"kind": "bytes", "specials": SPECIALS}
+
+
+class FileTokenizer(Tokenizer):
+    """A Hugging Face tokenizer; specials that it lacks are appended."""
+
+    def __init__(self, inner: tokenizers.Tokenizer):
+        names = {name: _ALSO[name] if _only_alias(inner, name) else name for name in SPECIALS}
+        inner.add_special_tokens([name for name in names.values() if inner.token_to_id(name) is None])
+        inner.no_truncation()
+        inner.no_padding()
+        inner.encode_special_tokens = True  # the words "<|end|>" in a corpus are text
+        self._inner = inner
+        vocabulary = inner.get_vocab(with_added_tokens=True)
+        self.vocab_size = 1 + max(vocabulary.values())
+        self.begin_id, self.end_id, self.mask_id = (vocabulary[names[name]] for name in SPECIALS)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[Int[np.ndarray, "T"]]:
+        encodings = self._inner.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [np.array(encoding.ids, np.int32) for encoding in encodings]
+
+    def decode(self, ids: Int[np.ndarray, "T"] | Sequence[int]) -> str:
+        values = np.asarray(ids, np.int64)
+        values = values[~np.isin(values, [self.begin_id, self.end_id, self.mask_id])]
+        return self._inner.decode(values.tolist(), skip_special_tokens=True)
+
+    def to_json(self) -> str:
+        return self._inner.to_str(pretty=True)
+
+    def _identity(self) -> Any:
+        content = json.loads(self._inner.to_str())
+        model = content["model"]
+        merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model.get("merges", [])]
+        added = sorted((token["id"], token["content"]) for token in content["added_tokens"])
+        rules = [content.get("normalizer"), content.get("pre_tokenizer")]
+        return {"vocab": model.get("vocab"), "merges": merges, "added": added, "rules": rules}
+
+
+class RankTokenizer(Tokenizer):
+    """A tiktoken rank file (lines of base64 bytes and a rank), specials behind the last rank; splits as Llama 3 does."""
+
+    def __init__(self, ranks: dict[bytes, int], pattern: str = RANK_PATTERN):
+        self._ranks, self._pattern = ranks, pattern
+        self.begin_id, self.end_id, self.mask_id = (max(ranks.values()) + 1 + i for i in range(3))
+        self.vocab_size = self.mask_id + 1
+        self._inner = require_extra("tiktoken", "tiktoken").Encoding(
+            "calm", pat_str=pattern, mergeable_ranks=ranks, special_tokens={}
+        )
+
+    def encode_batch(self, texts: Sequence[str]) -> list[Int[np.ndarray, "T"]]:
+        rows = self._inner.encode_ordinary_batch(list(texts), num_threads=os.cpu_count() or 1)
+        return [np.array(row, np.int32) for row in rows]
+
+    def decode(self, ids: Int[np.ndarray, "T"] | Sequence[int]) -> str:
+        values = np.asarray(ids, np.int64)
+        return self._inner.decode(values[values < self.begin_id].tolist(), errors="replace")
+
+    def to_json(self) -> str:
+        return json.dumps({"type": "tiktoken", **self._identity()})
+
+    def _identity(self) -> Any:
+        ranks = {base64.b64encode(token).decode(): rank for token, rank in self._ranks.items()}
+        return {"pattern": self._pattern, "ranks": ranks, "specials": SPECIALS}
+
+
+# -- from a name or a file --------------------------------------------------------------------------------------------
+
+
+def load_tokenizer(spec: str | Path) -> Tokenizer:
+    """ "bytes", a tokenizer.json (or a folder that holds one) or a tiktoken rank file.
+
+    Raises:
+      UsageError: no such file, neither format, or a "bpe:SIZE", which has to be trained first (`calm data prepare` does).
+      MissingExtraError: a rank file without the package tiktoken.
+    """
+    if str(spec) == "bytes":
+        return ByteTokenizer()
+    if bpe_size(spec) is not None:
+        raise UsageError(f"tokenizer {spec}: it must be trained on a corpus first; give the tokenizer.json of prepared data")
+    path = Path(spec)
+    path = path / "tokenizer.json" if path.is_dir() else path
+    if not path.is_file():
+        raise UsageError(f"tokenizer {spec}: local path not found; give {KINDS}")
+    content = path.read_bytes()
+    if not content.lstrip().startswith(b"{"):
+        return RankTokenizer(_read_ranks(content, path))
+    try:
+        fields = json.loads(content)
+        if fields.get("type") == "tiktoken":
+            ranks = {base64.b64decode(token): rank for token, rank in fields["ranks"].items()}
+            return RankTokenizer(ranks, fields["pattern"])
+        inner = tokenizers.Tokenizer.from_buffer(content)
+    except UsageError:
+        raise
+    except Exception as error:  # the library raises bare Exception
+        if isinstance(error, ImportError):
+            raise
+        raise UsageError(f"tokenizer {path}: not a tokenizer.json ({error})") from error
+    return ByteTokenizer() if _is_bytes(inner) else FileTokenizer(inner)
+
+
+def bpe_size(spec: str | Path) -> int | None:
+    """ "bpe:8192" -> 8192; None for any other spec."""
+    if not str(spec).startswith("bpe:"):
+        return None
+    digits = str(spec)[4:].lower().replace("_", "")
+    scale = 1000 if digits.endswith("k") else 1
+    if not digits.removesuffix("k").isdigit():
+        raise UsageError(f"tokenizer {spec}: the size must be a whole number, as in bpe:8192")
+    size = int(digits.removesuffix("k")) * scale
+    if size < 256 + len(SPECIALS):
+        raise UsageError(f"tokenizer {spec}: the size must be at least {256 + len(SPECIALS)} (256 bytes and 3 specials)")
+    return size
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """Byte-level BPE with GPT-2's splitting: at most `vocab_size` ids, the three specials last.
+
+    Fewer ids if the texts hold fewer merges. Deterministic in the texts. Every text has an exact round trip.
+    """
+    bpe_size(f"bpe:{vocab_size}")
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - len(SPECIALS),
+        initial_alphabet=sorted(_byte_characters()),
+        special_tokens=[],
+        show_progress=False,
+    )
+    blank = _byte_level(models.BPE())
+    blank.train_from_iterator(texts, trainer)
+    return FileTokenizer(blank)
+
+
+def require_same_tokenizer(found: str, expected: str, where: str) -> None:
+    """Refuses two fingerprints that differ: ids of one vocabulary mean nothing in another."""
+    if found != expected:
+        raise UsageError(
+            f"{where}: made with another tokenizer (fingerprint {found}, expected {expected}); "
+            "prepare the data with --tokenizer PATH/tokenizer.json of the run"
+        )
+
+
+# -- parts ------------------------------------------------------------------------------------------------------------
+
+
+def _byte_level(model: models.BPE) -> tokenizers.Tokenizer:
+    made = tokenizers.Tokenizer(model)
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    return made
+
+
+@functools.cache
+def _byte_characters() -> tuple[str, ...]:
+    """The printable character that stands for each byte in byte-level vocabularies (GPT-2's table)."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    table = {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}
+    return tuple(table[byte] for byte in range(256))
+
+
+def _is_bytes(inner: tokenizers.Tokenizer) -> bool:
+    vocabulary = inner.get_vocab(with_added_tokens=True)
+    return len(vocabulary) == 259 and all(vocabulary.get(c) == byte for byte, c in enumerate(_byte_characters()))
+
+
+def _only_alias(inner: tokenizers.Tokenizer, name: str) -> bool:
+    return inner.token_to_id(name) is None and name in _ALSO and inner.token_to_id(_ALSO[name]) is not None
+
+
+def _read_ranks(content: bytes, path: Path) -> dict[bytes, int]:
+    try:
+        lines = [line.split() for line in content.splitlines() if line.strip()]
+        ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in lines}
+    except (ValueError, binascii.Error) as error:
+        raise UsageError(f"tokenizer {path}: neither a tokenizer.json nor a tiktoken rank file") from error
+    missing = sum(bytes([byte]) not in ranks for byte in range(256))
+    if missing:
+        raise UsageError(f"tokenizer {path}: a rank file must hold all 256 single bytes; {missing} are missing")
+    return ranks

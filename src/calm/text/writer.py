@@ -1,0 +1,166 @@
+"""Token shards while they are being written: whatever happens, what the journal counts is on the disk.
+
+A shard grows as `NAME.bin.part` and gets its name when it is full. `flush` puts everything on the disk and returns counts; a
+writer made from those counts cuts off whatever a killed run wrote behind them, so the bytes do not depend on interruptions.
+"""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from jaxtyping import Int
+
+from calm.errors import UsageError
+
+
+def write_whole(path: Path, content: str) -> None:
+    """A small file, whole or not at all, and on the disk when this returns."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with temporary.open("w", encoding="utf-8", newline="\n") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def _truncate(path: Path, size: int) -> None:
+    found = path.stat().st_size if path.is_file() else 0
+    if found < size:
+        raise UsageError(f"data {path}: {found} bytes where {size} were written; start over with --overwrite")
+    os.truncate(path, size)
+
+
+class SplitWriter:
+    """Appends the documents of one split.
+
+    Args:
+      end_id: goes behind every document.
+      counts: what `flush` returned when the run that goes on here was interrupted.
+    """
+
+    def __init__(
+        self, folder: Path, name: str, *, dtype: str, shard_tokens: int, end_id: int, counts: dict[str, Any] | None = None
+    ):
+        self.folder, self.name, self.shard_tokens = folder, name, shard_tokens
+        self._dtype = np.dtype(dtype).newbyteorder("<")
+        self._end = np.array([end_id], np.int32)
+        counts = counts or {"tokens": 0, "documents": 0, "bytes": 0, "open": False}
+        self.tokens, self.documents, self.bytes = counts["tokens"], counts["documents"], counts["bytes"]
+        self.open = counts["open"]  # a document that has not ended yet
+        self._starts: list[int] = []
+        self._cut_back()
+        self._file: BinaryIO | None = None
+        self._starts_file = self._starts_path.open("ab")
+
+    def append(self, ids: Int[np.ndarray, "T"], num_bytes: int, last: bool) -> None:
+        """The next piece of the present document, or the first of a new one."""
+        if not self.open:
+            if not len(ids):
+                return
+            self._starts.append(self.tokens)
+            self.documents += 1
+            self.open = True
+        self._put(ids)
+        self.bytes += num_bytes
+        if last:
+            self.end_document()
+
+    def end_document(self) -> None:
+        if self.open:
+            self._put(self._end)
+            self.open = False
+
+    def flush(self) -> dict[str, Any]:
+        """Everything on the disk; what it amounts to."""
+        self._starts_file.write(np.array(self._starts, "<u8").tobytes())
+        self._starts = []
+        for file in (self._starts_file, self._file):
+            if file is not None:
+                file.flush()
+                os.fsync(file.fileno())
+        return {"tokens": self.tokens, "documents": self.documents, "bytes": self.bytes, "open": self.open}
+
+    def close(self) -> None:
+        for file in (self._starts_file, self._file):
+            if file is not None:
+                file.close()
+
+    def finish(self) -> dict[str, Any]:
+        """Gives the last shard its name, writes the documents' starts; returns the manifest's entry."""
+        self.end_document()
+        self.flush()
+        self.close()
+        if self._part.exists():
+            os.replace(self._part, self._shard(self.tokens // self.shard_tokens))
+        if not self.tokens:
+            return {"documents": 0, "tokens": 0, "bytes": 0, "shards": {}}
+        starts = np.memmap(self._starts_path, "<u8", mode="r")
+        temporary = self._starts_path.with_suffix(".tmp")
+        with temporary.open("wb") as file:
+            np.save(file, starts)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, self.folder / f"{self.name}.documents.npy")
+        sizes = [self.shard_tokens] * (self.tokens // self.shard_tokens)
+        sizes += [self.tokens % self.shard_tokens] if self.tokens % self.shard_tokens else []
+        shards = {self._shard(index).name: size for index, size in enumerate(sizes)}
+        return {"documents": self.documents, "tokens": self.tokens, "bytes": self.bytes, "shards": shards}
+
+    def clean_up(self) -> None:
+        """Removes what only a run that goes on would need; called when the manifest stands."""
+        self._starts_path.unlink(missing_ok=True)
+
+    # -- files --------------------------------------------------------------------------------------------------------
+
+    def _put(self, ids: Int[np.ndarray, "T"]) -> None:
+        position = 0
+        while position < len(ids):
+            room = self.shard_tokens - self.tokens % self.shard_tokens
+            part = ids[position : position + room]
+            if self._file is None:
+                self._file = self._part.open("ab")
+            self._file.write(part.astype(self._dtype).tobytes())
+            self.tokens += len(part)
+            position += len(part)
+            if self.tokens % self.shard_tokens == 0:
+                self._file.flush()
+                os.fsync(self._file.fileno())
+                self._file.close()
+                self._file = None
+                os.replace(self._part, self._shard(self.tokens // self.shard_tokens - 1))
+
+    def _cut_back(self) -> None:
+        """Brings the folder back to what the counts say."""
+        full, rest = divmod(self.tokens, self.shard_tokens)
+        present = self._shard(full)
+        if present.exists():  # it was completed after the counts were taken
+            os.replace(present, self._part)
+        for path in self._later(full):
+            path.unlink()
+        if rest:
+            _truncate(self._part, rest * self._dtype.itemsize)
+        else:
+            self._part.unlink(missing_ok=True)
+        self._starts_path.touch()
+        _truncate(self._starts_path, self.documents * 8)
+
+    def _later(self, full: int) -> Sequence[Path]:
+        names = {self._shard(index).name for index in range(full)}
+        return [path for path in self.folder.glob(f"{self.name}-*.bin") if path.name not in names]
+
+    def _shard(self, index: int) -> Path:
+        return self.folder / f"{self.name}-{index:05d}.bin"
+
+    @property
+    def _part(self) -> Path:
+        return self.folder / f"{self.name}.bin.part"
+
+    @property
+    def _starts_path(self) -> Path:
+        return self.folder / f"{self.name}.documents.part"
