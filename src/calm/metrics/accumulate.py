@@ -8,7 +8,7 @@ models are compared by resampling the same units for both and looking at the dif
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Array, Float, Int, Shaped
@@ -63,8 +63,9 @@ class Interval:
         return {name: None if isinstance(value, float) and not np.isfinite(value) else value for name, value in values.items()}
 
     @classmethod
-    def from_dict(cls, values: dict) -> "Interval":
-        return cls(**{name: float("nan") if value is None else value for name, value in values.items()})
+    def from_dict(cls, values: dict[str, Any]) -> "Interval":
+        restored: dict[str, Any] = {name: float("nan") if value is None else value for name, value in values.items()}
+        return cls(**restored)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -5,6 +5,7 @@ import functools
 import json
 import os
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -103,12 +104,9 @@ class BrierReport:
     def from_dict(cls, values: dict) -> "BrierReport":
         if "blocks" not in values:
             raise UsageError(f"the scores of {values.get('name')!r} hold no sums of blocks: evaluate again")
-        return cls(
-            name=values["name"],
-            protocol=Protocol(**values["protocol"]),
-            tokens_per_second=values["tokens_per_second"],
-            **{name: _from_lists(sums) for name, sums in values["blocks"].items()},
-        )
+        sums: dict[str, Any] = {name: _from_lists(lists) for name, lists in values["blocks"].items()}
+        rate, protocol = values["tokens_per_second"], Protocol(**values["protocol"])
+        return cls(name=values["name"], protocol=protocol, tokens_per_second=rate, **sums)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes JSON with the sums of every block."""
@@ -249,7 +247,7 @@ class AutoencoderReport:
     def table(self, *, markdown: bool = False) -> str:
         named = [("posterior mean" if not each.sigma else f"noise {each.sigma:g}", each) for each in self.noise]
         rows = [
-            [name, f"{each.relative:.2f}", interval_text(each.tokens.scaled(100)), interval_text(each.chunks.scaled(100))]
+            [name, f"{each.relative:.2f}", interval_text(each.tokens.scaled(100.0)), interval_text(each.chunks.scaled(100.0))]
             for name, each in [*named, ("posterior sample", self.sampled)]
         ]
         header = ["decoded from", "sigma / aggregate std", "tokens right %", "chunks right %"]

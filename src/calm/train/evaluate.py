@@ -1,0 +1,296 @@
+"""Scoring trained models on blocks of held-out text. Everything per position happens on the device, in one compiled
+function.
+
+Blocks `[R T]` come from `calm.text.batches.evaluation_blocks`. In each block, position i = 0 .. N-2 has read chunks
+0..i and is scored on chunk i + 1; n-gram baselines are scored at the same positions from the same context. Results
+keep the sums of every block, so that two models can be compared on the same blocks (`calm.report.scores.compare`).
+"""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from calm.autoencoder.autoencoder import Autoencoder
+from calm.errors import UsageError
+from calm.losses.energy_score import energy_loss
+from calm.metrics.accumulate import BlockSums, bootstrap
+from calm.metrics.brier_lm import Decoding, Protocol, TextProtocol, brier_argmax, brier_drawn_from_latents
+from calm.metrics.reconstruction import LatentMoments, latent_moments, reconstruction, with_noise
+from calm.models.latent_lm import LatentLM
+from calm.models.ngram import Ngram, TokenSource, exact_brier, fit_ngrams, log_prob
+from calm.report.scores import AutoencoderReport, BrierReport, NoisyAccuracy
+from calm.rng import PRNGKey, stream
+
+TOKENS_PER_BATCH = 8192
+
+
+def _checked(
+    blocks: Int[np.ndarray, "R T"], document: Int[np.ndarray, "*r"], chunk_size: int, text: TextProtocol | None
+) -> TextProtocol:
+    """The protocol to stamp: `text`, or that of text which nobody named. Raises UsageError where it does not fit the
+    blocks.
+    """
+    rows, block_tokens = blocks.shape
+    if not rows or block_tokens % chunk_size or block_tokens < 2 * chunk_size:
+        raise UsageError(
+            f"evaluation needs blocks of at least 2 chunks of {chunk_size} tokens and a whole number of them, "
+            f"got {rows} blocks of {block_tokens} tokens"
+        )
+    if document.shape != (rows,):
+        raise UsageError(f"document must name the document of each block: {rows} blocks, {len(document)} entries")
+    if text is None:
+        return TextProtocol(
+            dataset="unnamed",
+            sha256="unknown",
+            split="unknown",
+            tokenizer="unknown",
+            block_tokens=block_tokens,
+            chunk_size=chunk_size,
+        )
+    if (text.block_tokens, text.chunk_size) != (block_tokens, chunk_size):
+        raise UsageError(
+            f"the protocol says blocks of {text.block_tokens} tokens and K={text.chunk_size}, "
+            f"the data and model have {block_tokens} and K={chunk_size}"
+        )
+    return text
+
+
+def _batches(blocks: Int[np.ndarray, "R T"], batch_size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Batches of one shape and the row numbers in them; the last one repeats its last row."""
+    for start in range(0, len(blocks), batch_size):
+        rows = np.minimum(np.arange(start, start + batch_size), len(blocks) - 1)
+        yield blocks[rows].astype(np.int32), rows.astype(np.int32)
+
+
+def _run(
+    score: Callable[[np.ndarray, np.ndarray], Any], blocks: Int[np.ndarray, "R T"], batch_size: int | None
+) -> tuple[Any, float]:
+    """Scores every block: the results with one row a block, and tokens per second.
+
+    The rate leaves out the first batch, which compiles, unless there is no other. Batches after it are queued without
+    waiting.
+    """
+    if batch_size is not None and batch_size < 1:
+        raise UsageError(f"batch_size must be at least 1, got {batch_size}")
+    batch_size = min(len(blocks), batch_size or max(1, TOKENS_PER_BATCH // blocks.shape[1]))
+    results, began, timed = [], time.perf_counter(), len(blocks)
+    for number, (tokens, rows) in enumerate(_batches(blocks, batch_size)):
+        results.append(score(tokens, rows))
+        if number == 0 and len(blocks) > batch_size:
+            jax.block_until_ready(results)
+            began, timed = time.perf_counter(), len(blocks) - batch_size
+    results = jax.device_get(results)
+    rate = timed * blocks.shape[1] / max(time.perf_counter() - began, 1e-9)
+    return jax.tree.map(lambda *parts: np.concatenate(parts)[: len(blocks)], *results), rate
+
+
+def _sums(total: np.ndarray, count: int, document: np.ndarray, block_tokens: int) -> BlockSums:
+    total = np.asarray(total, np.float64).reshape(len(document), -1)
+    full = np.full(len(document), float(count))
+    return BlockSums(total=total, count=full, document=np.asarray(document, np.int64), block_tokens=block_tokens)
+
+
+@partial(jax.jit, static_argnames=("graphs", "num_samples", "decoding", "with_energy"))
+def _score_latent_lm(
+    graphs: tuple[Any, Any],
+    params: tuple[Any, Any],
+    tokens: Int[Array, "B T"],
+    rows: Int[Array, "B"],
+    key: PRNGKey,
+    *,
+    num_samples: int,
+    decoding: Decoding,
+    with_energy: bool,
+) -> tuple[Float[Array, "B O"], Float[Array, "B 1"]]:
+    autoencoder, lm = (nnx.merge(graph, values) for graph, values in zip(graphs, params, strict=True))
+    chunks = tokens.reshape(len(tokens), -1, autoencoder.config.chunk_size)
+    targets = chunks[:, 1:]
+    hidden, _ = lm.hidden(chunks[:, :-1])
+    # One key a block, by its number in the split: a score does not depend on the batch size.
+    keys = jax.vmap(partial(jax.random.fold_in, stream(key, "samples")))(rows)
+    latents = jax.vmap(lambda key, hidden: lm.sample(key, hidden, num_samples), out_axes=1)(keys, hidden)
+    if decoding == "argmax":
+        scores = brier_argmax(autoencoder.decode(latents), targets)
+    else:
+        scores = brier_drawn_from_latents(autoencoder.logits, latents, targets)
+    energy = jnp.zeros(targets.shape[:-1])
+    if with_energy:
+        energy = energy_loss(latents, autoencoder.encode(targets), stream(key, "draws"))
+    return scores.sum(1), energy.sum(1, keepdims=True)
+
+
+def evaluate_latent_lm(
+    autoencoder: Autoencoder,
+    lm: LatentLM,
+    blocks: Int[np.ndarray, "R T"],
+    document: Int[np.ndarray, "*r"],
+    key: PRNGKey,
+    *,
+    num_samples: int = 8,
+    decoding: Decoding = "argmax",
+    batch_size: int | None = None,
+    with_energy: bool = True,
+    text: TextProtocol | None = None,
+    name: str = "latent LM",
+) -> BrierReport:
+    """Brier-n, BrierLM and the validation energy loss of a next-vector model.
+
+    Args:
+        autoencoder, lm: `calm.autoencoder.Autoencoder` and `calm.models.latent_lm.LatentLM`, or modules with the same
+        methods. blocks, document: token blocks and the document that each begins in. num_samples: S samples of the
+        next latent at each position, at least 2. The energy loss uses the same samples. decoding: tokens of a latent
+        are the decoder's "argmax", or "drawn" from its softmax (scored exactly, without drawing). batch_size: blocks
+        at a time; by default about 8192 tokens. It does not change the scores. text: what to stamp on the scores.
+
+    Raises:
+        UsageError: blocks that do not fit the chunk size or the protocol, fewer than 2 samples, an unknown decoding.
+    """
+    chunk_size = autoencoder.config.chunk_size
+    text = _checked(blocks, document, chunk_size, text)
+    if decoding not in ("argmax", "drawn"):
+        raise UsageError(f"decoding must be argmax or drawn, got {decoding!r}")
+    protocol = Protocol(**text.to_dict(), num_samples=num_samples, decoding=decoding)
+    (autoencoder_graph, autoencoder_params), (lm_graph, lm_params) = nnx.split(autoencoder), nnx.split(lm)
+    score = partial(_score_latent_lm, num_samples=num_samples, decoding=decoding, with_energy=with_energy)
+    graphs, params = (autoencoder_graph, lm_graph), (autoencoder_params, lm_params)
+    (scores, energy), rate = _run(lambda tokens, rows: score(graphs, params, tokens, rows, key), blocks, batch_size)
+    positions, block_tokens = blocks.shape[1] // chunk_size - 1, blocks.shape[1]
+    return BrierReport(
+        name=name,
+        protocol=protocol,
+        scores=_sums(scores, positions, document, block_tokens),
+        energy=_sums(energy, positions, document, block_tokens) if with_energy else None,
+        tokens_per_second=rate,
+    )
+
+
+def score_ngram(
+    model: Ngram,
+    blocks: Int[np.ndarray, "R T"],
+    document: Int[np.ndarray, "*r"],
+    *,
+    chunk_size: int,
+    text: TextProtocol | None = None,
+    name: str = "n-gram",
+) -> BrierReport:
+    """Exact Brier-n and nats per token of an n-gram model, at the positions where a latent model is scored."""
+    text = _checked(blocks, document, chunk_size, text)
+    scores, nats, began = [], [], time.perf_counter()
+    for start in range(0, len(blocks), max(1, 2**19 // blocks.shape[1])):
+        part = blocks[start : start + max(1, 2**19 // blocks.shape[1])]
+        chunks = part.reshape(len(part), -1, chunk_size)
+        context, targets = chunks[:, :-1, -1], chunks[:, 1:]
+        scores.append(exact_brier(model, context, targets).sum(1))
+        nats.append(-log_prob(model, context, targets).sum((1, 2)))
+    positions, block_tokens = blocks.shape[1] // chunk_size - 1, blocks.shape[1]
+    return BrierReport(
+        name=name,
+        protocol=Protocol(**text.to_dict(), num_samples=0, decoding="exact"),
+        scores=_sums(np.concatenate(scores), positions, document, block_tokens),
+        likelihood=_sums(np.concatenate(nats), positions * chunk_size, document, block_tokens),
+        tokens_per_second=blocks.size / max(time.perf_counter() - began, 1e-9),
+    )
+
+
+def evaluate_ngrams(
+    train: TokenSource,
+    vocab_size: int,
+    blocks: Int[np.ndarray, "R T"],
+    document: Int[np.ndarray, "*r"],
+    *,
+    chunk_size: int,
+    text: TextProtocol | None = None,
+) -> dict[str, BrierReport]:
+    """Fits the unigram and the bigram model on `train` and scores both: the baselines beside a trained model."""
+    models = zip(("unigram", "bigram"), fit_ngrams(train, vocab_size), strict=True)
+    return {name: score_ngram(model, blocks, document, chunk_size=chunk_size, text=text, name=name) for name, model in models}
+
+
+@partial(jax.jit, static_argnames=("graph",))
+def _score_autoencoder(
+    graph: Any, params: Any, tokens: Int[Array, "B T"], rows: Int[Array, "B"], key: PRNGKey, sigmas: Float[Array, "L"]
+) -> tuple[Float[Array, "B F"], LatentMoments]:
+    """Right tokens (as chunks' worth) and right chunks of each block at every noise level and for a posterior
+    sample.
+    """
+    autoencoder = nnx.merge(graph, params)
+    chunks = tokens.reshape(len(tokens), -1, autoencoder.config.chunk_size)
+    posterior = autoencoder.encode(chunks)
+
+    def normal(row: Int[Array, ""]) -> Float[Array, "N Z"]:
+        key_of_row = jax.random.fold_in(stream(key, "noise"), row)
+        return with_noise(jnp.zeros(posterior.mean.shape[1:]), key_of_row, 1.0)
+
+    noise = jax.vmap(normal)(rows)
+
+    def right(scaled: Float[Array, "B N Z"]) -> Float[Array, "B 2"]:
+        sums = reconstruction(autoencoder.decode(posterior.mean + scaled), chunks)
+        return jnp.stack([sums.tokens.total / chunks.shape[-1], sums.chunks.total], -1)
+
+    # The same standard normals at every level: a curve over sigma, not a cloud.
+    levels = jax.lax.map(lambda sigma: right(sigma * noise), sigmas)
+    every = jnp.concatenate([levels, right(posterior.std * noise)[None]])
+    ones = jnp.ones(chunks.shape[1])
+    moments = jax.vmap(lambda mean, std, kl: latent_moments(mean, std, kl, ones))(posterior.mean, posterior.std, posterior.kl())
+    return every.transpose(1, 0, 2).reshape(len(tokens), -1), moments
+
+
+def evaluate_autoencoder(
+    autoencoder: Autoencoder,
+    blocks: Int[np.ndarray, "R T"],
+    document: Int[np.ndarray, "*r"],
+    key: PRNGKey,
+    *,
+    noise: Sequence[float] = (0.3,),
+    batch_size: int | None = None,
+    text: TextProtocol | None = None,
+    name: str = "autoencoder",
+) -> AutoencoderReport:
+    """Token and chunk accuracy from the posterior mean, from the mean plus noise of each standard deviation in `noise`
+    (latent units), and from a posterior sample; and the spread of the latents.
+
+    Raises:
+        UsageError: blocks that do not fit the chunk size or the protocol, negative noise.
+    """
+    chunk_size = autoencoder.config.chunk_size
+    text = _checked(blocks, document, chunk_size, text)
+    if any(not sigma >= 0 for sigma in noise):
+        raise UsageError(f"noise is a list of standard deviations, each at least 0, got {list(noise)}")
+    sigmas = [0.0, *[float(sigma) for sigma in noise if sigma]]
+    graph, params = nnx.split(autoencoder)
+    levels = np.asarray(sigmas, np.float32)
+    (totals, moments), rate = _run(
+        lambda tokens, rows: _score_autoencoder(graph, params, tokens, rows, key, levels), blocks, batch_size
+    )
+    moments = LatentMoments(*(np.asarray(part, np.float64).sum(0) for part in moments))
+    aggregate, posterior = np.asarray(moments.aggregate_std), np.asarray(moments.posterior_std)
+    inverse = np.mean(1 / np.maximum(aggregate, 1e-12))
+    sums = _sums(totals, blocks.shape[1] // chunk_size, document, blocks.shape[1])
+    intervals = bootstrap(sums, [lambda means, i=i: means[..., i] for i in range(totals.shape[1])])
+    relative_posterior = float(np.mean(posterior / np.maximum(aggregate, 1e-12)))
+    every = [
+        NoisyAccuracy(sigma=sigma, relative=relative, tokens=intervals[2 * i], chunks=intervals[2 * i + 1])
+        for i, (sigma, relative) in enumerate(
+            [*[(sigma, float(sigma * inverse)) for sigma in sigmas], (float(posterior.mean()), relative_posterior)]
+        )
+    ]
+    return AutoencoderReport(
+        name=name,
+        protocol=text,
+        noise=every[:-1],
+        sampled=every[-1],
+        posterior_std=float(posterior.mean()),
+        aggregate_std=float(aggregate.mean()),
+        posterior_std_relative=relative_posterior,
+        kl=float((moments.kl / moments.count).sum()),
+        latent_dim=len(aggregate),
+        active_dimensions=moments.active_dimensions,
+        tokens_per_second=rate,
+    )
