@@ -132,12 +132,12 @@ def test_autoencoder_scores_are_those_of_its_own_methods(models):
     autoencoder = models[0]
     report = evaluate_autoencoder(autoencoder, BLOCKS, DOCUMENT, KEY, noise=(0.3, 100.0), batch_size=2, text=TEXT)
     chunks = jnp.asarray(BLOCKS.reshape(-1, CHUNK), jnp.int32)
-    posterior = jax.tree.map(np.asarray, autoencoder.encode(chunks))
-    std, kl = np.exp(posterior.log_std), np.asarray(autoencoder.encode(chunks).kl())
+    posterior = autoencoder.encode(chunks)
     right = np.asarray(autoencoder.decode(posterior.mean)) == np.asarray(chunks)
+    mean, std, kl = (np.asarray(value) for value in (posterior.mean, posterior.std, posterior.kl()))
     assert report.token_accuracy.estimate == pytest.approx(right.mean(), abs=1e-6)
     assert report.chunk_accuracy.estimate == pytest.approx(right.all(-1).mean(), abs=1e-6)
-    spread = np.sqrt(posterior.mean.var(0) + np.square(std).mean(0))
+    spread = np.sqrt(mean.var(0) + np.square(std).mean(0))
     assert report.aggregate_std == pytest.approx(spread.mean(), rel=1e-4)
     assert report.posterior_std_relative == pytest.approx((std.mean(0) / spread).mean(), rel=1e-4)
     assert report.kl == pytest.approx(kl.sum(-1).mean(), rel=1e-4)
@@ -153,6 +153,17 @@ def test_noise_that_drowns_the_latent_makes_accuracy_chance():
     blocks = np.random.default_rng(3).integers(0, VOCABULARY, (40, 100))
     drowned = evaluate_autoencoder(autoencoder, blocks, np.arange(40), KEY, noise=(1000.0,)).noise[1]
     assert drowned.tokens.estimate == pytest.approx(1 / VOCABULARY, abs=0.03)
+
+
+def test_scalars_for_the_training_log_are_the_estimates(models):
+    report = evaluate_latent_lm(*models, BLOCKS, DOCUMENT, KEY, num_samples=SAMPLES, batch_size=2)
+    scalars = report.scalars()
+    assert scalars["brier_1"] == pytest.approx(report.brier_n[0].estimate)
+    assert scalars["brier_lm"] == pytest.approx(report.brier_lm.estimate)
+    assert scalars["energy_loss"] == pytest.approx(report.energy_loss.estimate)
+    autoencoder = evaluate_autoencoder(models[0], BLOCKS, DOCUMENT, KEY, noise=(0.3,), batch_size=2)
+    assert autoencoder.scalars()["token_accuracy"] == autoencoder.token_accuracy.estimate
+    assert "token_accuracy_noise_0.3" in autoencoder.scalars()
 
 
 def test_bad_input_is_named(models):

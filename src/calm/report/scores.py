@@ -11,7 +11,7 @@ import numpy as np
 
 from calm.errors import UsageError
 from calm.metrics.accumulate import BlockSums, Interval, bootstrap
-from calm.metrics.brier_lm import ORDERS, BrierIntervals, Protocol, TextProtocol, brier_intervals, compare_brier
+from calm.metrics.brier_lm import ORDERS, BrierIntervals, Protocol, TextProtocol, brier_intervals, brier_lm, compare_brier
 from calm.report.tables import interval_text, table
 
 
@@ -81,6 +81,17 @@ class BrierReport:
     @functools.cached_property
     def nats_per_token(self) -> Interval | None:
         return _mean(self.likelihood)
+
+    def scalars(self) -> dict[str, float]:
+        """The estimates alone, without the bootstrap: for a training log."""
+        means = self.scores.means
+        values = {f"brier_{n + 1}": 100 * float(mean) for n, mean in enumerate(means)}
+        if len(means) == ORDERS:
+            values["brier_lm"] = float(brier_lm(means))
+        for name, sums in (("energy_loss", self.energy), ("nats_per_token", self.likelihood)):
+            if sums is not None:
+                values[name] = float(sums.means[0])
+        return values
 
     def to_dict(self, *, per_block: bool = False) -> dict:
         """JSON-able. `per_block` adds the sums of every block, from which `from_dict` restores the report."""
@@ -237,6 +248,14 @@ class AutoencoderReport:
     @property
     def chunk_accuracy(self) -> Interval:
         return self.noise[0].chunks
+
+    def scalars(self) -> dict[str, float]:
+        """The estimates alone: for a training log."""
+        values = {"token_accuracy": self.token_accuracy.estimate, "chunk_accuracy": self.chunk_accuracy.estimate}
+        for each in self.noise[1:]:
+            values[f"token_accuracy_noise_{each.sigma:g}"] = each.tokens.estimate
+            values[f"chunk_accuracy_noise_{each.sigma:g}"] = each.chunks.estimate
+        return {**values, "posterior_std": self.posterior_std, "active_dimensions": float(self.active_dimensions)}
 
     def to_dict(self) -> dict:
         values = dataclasses.asdict(self)

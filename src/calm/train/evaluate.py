@@ -27,8 +27,23 @@ from calm.models.latent_lm import LatentLM
 from calm.models.ngram import Ngram, TokenSource, exact_brier, fit_ngrams, log_prob
 from calm.report.scores import AutoencoderReport, BrierReport, NoisyAccuracy
 from calm.rng import PRNGKey, stream
+from calm.text.shards import Data
 
 TOKENS_PER_BATCH = 8192
+
+
+def text_protocol(data: Data, split: str, *, block_tokens: int, chunk_size: int, seed: int = 0) -> TextProtocol:
+    """The protocol of one split of prepared data, from its manifest."""
+    source = data.manifest.source
+    return TextProtocol(
+        dataset=str(source["name"]),
+        sha256=str(source["sha256"]),
+        split=split,
+        tokenizer=str(data.manifest.tokenizer["fingerprint"]),
+        block_tokens=block_tokens,
+        chunk_size=chunk_size,
+        seed=seed,
+    )
 
 
 def _checked(
