@@ -7,7 +7,7 @@ index shuffle gives the order without holding it.
 """
 
 import functools
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int
@@ -80,7 +80,7 @@ class Batches:
         """How often the split has been gone through."""
         return self._step * self._batch_size / self._windows
 
-    def __iter__(self) -> Self:
+    def __iter__(self) -> "Batches":
         return self
 
     def __next__(self) -> Int[np.ndarray, "B T"]:
