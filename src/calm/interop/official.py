@@ -33,7 +33,7 @@ from calm.models import LatentLM, LatentLMConfig
 from calm.nn import BackboneConfig
 
 _FIXED = {"hidden_act": "silu", "rms_norm_eps": 1e-6, "mlp_bias": False, "attention_bias": False, "rope_scaling": None}
-_TRAINING = dict(beta="alpha", num_samples="num_samples", kl_weight="kl_weight", kl_clamp="kl_clamp", ae_dropout="dropout")
+_TRAINING = {"beta": "alpha", "num_samples": "num_samples", "kl_weight": "kl_weight", "kl_clamp": "kl_clamp"}
 
 
 def load_autoencoder(folder: str | Path) -> Autoencoder:
@@ -88,10 +88,17 @@ def load_latent_lm(folder: str | Path) -> LatentLM:
     return build_with_weights(ours, arrays, where=str(folder))
 
 
-def training_settings(folder: str | Path) -> dict[str, float]:
-    """What config.json says of training, under our names: alpha, num_samples; or kl_weight, kl_clamp, dropout."""
-    config = _Config(Path(folder))
-    return {ours: config.number(theirs) for theirs, ours in _TRAINING.items() if theirs in config.values}
+def training_settings(folder: str | Path) -> dict[str, int | float]:
+    """What config.json says of training, under the names of our loss configurations.
+
+    A language model has alpha and num_samples; an autoencoder kl_weight, kl_clamp, and one dropout rate that serves both
+    token_dropout and latent_dropout.
+    """
+    values = _Config(Path(folder)).values
+    settings = {ours: values[theirs] for theirs, ours in _TRAINING.items() if theirs in values}
+    if "ae_dropout" in values:
+        settings |= {"token_dropout": values["ae_dropout"], "latent_dropout": values["ae_dropout"]}
+    return settings
 
 
 # -- weights by name --------------------------------------------------------------------------------------------------
@@ -217,21 +224,24 @@ class _Config:
 
     def __init__(self, folder: Path):
         self.path = folder / "config.json"
-        self.values = _read_json(self.path)
+        self.values = read_json(self.path)
         for key, value in _FIXED.items():
             if self.values.get(key, value) != value:
                 raise UsageError(f"{self.path}: {key} is {self.values[key]!r}; only {value!r} is supported")
 
-    def number(self, key: str, default: float | None = None) -> float:
+    def number(self, key: str) -> float:
+        return float(self._value(key, None))
+
+    def integer(self, key: str, default: int | None = None) -> int:
+        value = self._value(key, default)
+        if not isinstance(value, int) or value < 1:
+            raise UsageError(f"{self.path}: {key} should be a whole number of at least 1, got {value!r}")
+        return value
+
+    def _value(self, key: str, default: int | None) -> int | float:
         value = self.values.get(key, default)
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise UsageError(f"{self.path}: {key} should be a number, {'is missing' if value is None else f'got {value!r}'}")
-        return value
-
-    def integer(self, key: str, default: int | None = None) -> int:
-        value = self.number(key, default)
-        if not isinstance(value, int) or value < 1:
-            raise UsageError(f"{self.path}: {key} should be a whole number of at least 1, got {value!r}")
         return value
 
 
@@ -279,7 +289,8 @@ class _Weights:
             raise UsageError(f"{self.where}: {len(self.arrays)} weights that this model does not have, the first is {first!r}")
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """The object of a JSON file; one that is missing or malformed is a `UsageError`."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -315,7 +326,7 @@ def _read_weights(folder: Path) -> dict[str, np.ndarray]:
         if (folder / name).is_file():
             return read(folder / name)
         if index.is_file():
-            files = _read_json(index).get("weight_map", {})
+            files = read_json(index).get("weight_map", {})
             shards = sorted(set(files.values())) if isinstance(files, dict) else []
             if not all(isinstance(shard, str) and Path(shard).name == shard for shard in shards):
                 raise UsageError(f"{index}: weight_map should map names of weights to files of this folder")

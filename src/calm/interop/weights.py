@@ -1,7 +1,7 @@
 """A model as a flat mapping of dotted names to arrays, and back, bit for bit."""
 
 from collections.abc import Mapping
-from typing import Protocol, TypeVar
+from typing import Protocol, TypeVar, runtime_checkable
 
 import jax.numpy as jnp
 import numpy as np
@@ -13,6 +13,7 @@ from calm.nn.dense import Precision
 Model = TypeVar("Model", bound=nnx.Module, covariant=True)
 
 
+@runtime_checkable
 class Buildable(Protocol[Model]):
     """A configuration of a model."""
 

@@ -1,0 +1,24 @@
+"""Models of random weights for tests, biases and norms included, without compiling an initialiser."""
+
+from typing import Any
+
+import numpy as np
+from flax import nnx
+
+from calm.interop.weights import build_with_weights
+
+
+def random_model(config: Any, seed: int = 0, precision: str = "float32") -> Any:
+    """`config.build(...)` with every weight drawn: kernels with standard deviation 1/sqrt(fan-in), scales near 1."""
+    generator, weights = np.random.default_rng(seed), {}
+    for path, variable in nnx.to_flat_state(nnx.state(nnx.eval_shape(lambda: config.build(rngs=nnx.Rngs(0))))):
+        shape = variable.get_value().shape
+        noise = generator.standard_normal(shape, np.float32)
+        kind = path[-1]
+        weights[".".join(path)] = {
+            "kernel": lambda noise=noise, shape=shape: noise * shape[-2] ** -0.5,
+            "scale": lambda noise=noise: 1 + 0.1 * noise,
+            "bias": lambda noise=noise: 0.1 * noise,
+            "embedding": lambda noise=noise: noise,
+        }[kind]()
+    return build_with_weights(config, weights, precision=precision, where="test")
