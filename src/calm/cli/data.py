@@ -2,7 +2,9 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+import tyro
 
 from calm.errors import UsageError
 
@@ -65,7 +67,7 @@ class DataPrepare:
 class DataInspect:
     """Show counts, bytes per token and decoded examples of prepared data."""
 
-    data: Path
+    folder: Annotated[Path, tyro.conf.Positional]
     """the folder that `calm data prepare` filled"""
     examples: int = 2
     """documents shown for each split"""
@@ -75,7 +77,7 @@ class DataInspect:
     def run(self) -> dict[str, Any]:
         from calm.text.summary import summarize
 
-        return summarize(self.data, examples=self.examples, length=self.length)
+        return summarize(self.folder, examples=self.examples, length=self.length)
 
     def show(self, result: dict[str, Any]) -> str:
         from calm.text.summary import show_summary
