@@ -15,7 +15,8 @@ PACKAGE = ROOT / "src" / "calm"
 # fmt: off
 LAYERS = (
     "errors", "shapes", "rng", "config", "posterior", "worlds", "text", "nn", "losses", "metrics", "report", "autoencoder",
-    "heads", "models", "sampling", "train", "interp", "ttt", "interop", "bundle", "presets", "pipeline", "experiments", "cli",
+    "heads", "models", "sampling", "train", "interp", "ttt", "interop", "stages", "bundle", "presets",
+    "pipeline", "experiments", "cli",
 )
 # fmt: on
 FILES = sorted(PACKAGE.rglob("*.py"))

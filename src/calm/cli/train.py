@@ -1,14 +1,12 @@
 """`calm train autoencoder` and `calm train lm`: the two stages."""
 
 import dataclasses
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import tyro
 
 from calm import presets
-from calm.train.stages import AutoencoderRun, LatentLMRun, train_autoencoder, train_lm
-
-Resume = Literal["auto", "never"]
+from calm.stages import AutoencoderRun, LatentLMRun, train_autoencoder, train_lm
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -19,8 +17,8 @@ class TrainAutoencoder:
 
     out: str
     """The run folder to write (or to go on with)."""
-    resume: Resume = "auto"
-    """auto goes on where a run folder stopped; never refuses a folder that already holds a run."""
+    resume: str = "auto"
+    """auto goes on where the folder stopped; never refuses a folder with a run; also force, a step, or RUN@STEP."""
     settings: Annotated[AutoencoderRun, tyro.conf.arg(name="")] = AutoencoderRun()
 
     @classmethod
@@ -39,8 +37,8 @@ class TrainLM:
 
     out: str
     """The run folder to write (or to go on with)."""
-    resume: Resume = "auto"
-    """auto goes on where a run folder stopped; never refuses a folder that already holds a run."""
+    resume: str = "auto"
+    """auto goes on where the folder stopped; never refuses a folder with a run; also force, a step, or RUN@STEP."""
     settings: Annotated[LatentLMRun, tyro.conf.arg(name="")] = LatentLMRun()
 
     @classmethod

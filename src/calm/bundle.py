@@ -1,0 +1,211 @@
+"""A trained model as one object: tokenizer, autoencoder and language model, text in and text out."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import numpy as np
+from jaxtyping import Float
+
+from calm.autoencoder import Autoencoder
+from calm.errors import UsageError
+from calm.interop.export import (
+    ModelCard,
+    export_autoencoder,
+    export_latent_lm,
+    load_exported_autoencoder,
+    load_exported_latent_lm,
+)
+from calm.interop.official import read_json
+from calm.models import LatentLM
+from calm.rng import row_keys, stream
+from calm.sampling import Generated, from_temperature
+from calm.sampling import generate as generate_tokens
+from calm.sampling import stream as stream_tokens
+from calm.stages import LatentLMRun, load_autoencoder, load_lm, load_run_config, text_protocol, validation_blocks
+from calm.text.chunking import chunk_prompt
+from calm.text.shards import open_data
+from calm.text.tokenizer import Tokenizer, load_tokenizer, require_same_tokenizer
+from calm.train.evaluate import evaluate_autoencoder, evaluate_latent_lm, evaluate_ngrams
+from calm.train.machine import choose_precision
+
+DEFAULT_BLOCK_TOKENS = 1024
+
+
+def load(folder: str | Path, *, precision: Literal["auto", "float32", "bfloat16"] = "float32") -> "Bundle":
+    """Loads a run folder of either stage (its best checkpoint), or a folder written by `calm export`."""
+    folder = Path(folder)
+    chosen = choose_precision(precision)
+    lm: LatentLM | None = None
+    if (folder / "config.json").is_file():
+        if read_json(folder / "config.json").get("model_type") != "calm":
+            autoencoder, tokenizer = load_autoencoder(folder, chosen)
+        else:
+            autoencoder, lm = load_exported_autoencoder(folder, chosen), load_exported_latent_lm(folder, chosen)
+            path = folder / "tokenizer.json"
+            tokenizer = load_tokenizer(path) if path.is_file() else None
+        data, block_tokens = "", DEFAULT_BLOCK_TOKENS
+    else:
+        run = load_run_config(folder)
+        data, block_tokens = run.data, run.train.num_tokens
+        if isinstance(run, LatentLMRun):
+            lm, autoencoder, tokenizer = load_lm(folder, chosen)
+        else:
+            autoencoder, tokenizer = load_autoencoder(folder, chosen)
+    if tokenizer is None:
+        raise UsageError(f"{folder}: holds no tokenizer.json")
+    return Bundle(folder=folder, tokenizer=tokenizer, autoencoder=autoencoder, lm=lm, data=data, block_tokens=block_tokens)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Bundle:
+    """What `calm.load` returns. `lm` is None for an autoencoder alone."""
+
+    folder: Path
+    tokenizer: Tokenizer
+    autoencoder: Autoencoder
+    lm: LatentLM | None
+    data: str
+    """folder of the data it was trained on, if known"""
+    block_tokens: int
+    """tokens of a training sequence: the longest prompt with its continuation"""
+
+    def encode(self, text: str) -> Float[np.ndarray, "N Z"]:
+        """The latents (posterior means) of a text, one per chunk of K tokens; the first chunk is filled with begin ids."""
+        chunks = chunk_prompt(self.tokenizer.encode(text), self.chunk_size, self.tokenizer.begin_id)
+        return np.asarray(self.autoencoder.encode(jax.numpy.asarray(chunks)).mean)
+
+    def decode(self, latents: Float[np.ndarray, "N Z"]) -> str:
+        """The text of latents: the most probable token at each place. Begin, end and mask ids are left out."""
+        latents = np.asarray(latents, np.float32)
+        if latents.ndim != 2 or latents.shape[1] != self.autoencoder.config.latent_dim:
+            raise UsageError(f"latents must be [N {self.autoencoder.config.latent_dim}], got {list(latents.shape)}")
+        return self.tokenizer.decode(np.asarray(self.autoencoder.decode(jax.numpy.asarray(latents))).reshape(-1))
+
+    def generate(
+        self,
+        prompts: str | Sequence[str] = "",
+        *,
+        max_tokens: int = 128,
+        temperature: float | str = 1.0,
+        candidates: int = 200,
+        seed: int = 0,
+        stream: Callable[[str], None] | None = None,
+    ) -> dict[str, Any]:
+        """Continues each prompt; the empty prompt is unconditional.
+
+        Args:
+            max_tokens: the most tokens that are added to a prompt.
+            temperature: 1, or 1/n for a whole n, by `candidates` draws at each chunk.
+            stream: called with every piece of text as it comes; for one prompt.
+        Returns:
+            texts, tokens (counts), ended, fallback_share (of steps at which no chunk was drawn n times), draws.
+        """
+        lm = self._require_lm()
+        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        if not prompts:
+            raise UsageError("prompts: give at least one (the empty prompt is unconditional)")
+        ids = [self.tokenizer.encode(prompt) for prompt in prompts]
+        keys = row_keys(jax.random.key(seed), len(ids))
+        options: dict[str, Any] = dict(
+            special=self.tokenizer,
+            max_tokens=max_tokens,
+            sampler=from_temperature(temperature, candidates),
+            context=self.block_tokens // self.chunk_size,
+        )
+        if stream is None:
+            result = generate_tokens(self.autoencoder, lm, ids, keys, **options)
+        else:
+            result = self._stream(lm, ids, keys, options, stream)
+        texts = [self.tokenizer.decode(row[:length]) for row, length in zip(result.tokens, result.lengths, strict=True)]
+        return {
+            "texts": texts,
+            "tokens": result.lengths.tolist(),
+            "ended": result.ended.tolist(),
+            "fallback_share": [float(share) for share in result.fallback_share],
+            "draws": result.draws.tolist(),
+            "decoding": result.decoding,
+        }
+
+    def evaluate(
+        self,
+        data: str | Path | None = None,
+        *,
+        split: str = "valid",
+        max_tokens: int | None = None,
+        num_samples: int = 8,
+        decoding: Literal["argmax", "drawn"] = "argmax",
+        noise: Sequence[float] = (0.3,),
+        seed: int = 0,
+    ) -> dict[str, Any]:
+        """Held-out scores: reconstruction of the autoencoder and, with a language model, BrierLM beside n-gram baselines.
+
+        `data` is a folder of prepared data, by default the one trained on; its tokenizer must be this model's. The entries
+        `autoencoder`, `lm`, `unigram` and `bigram` are report objects (`calm.report.scores`).
+        """
+        opened = open_data(data if data is not None else self.data)
+        require_same_tokenizer(opened.tokenizer.fingerprint, self.tokenizer.fingerprint, f"model {self.folder}")
+        blocks, documents = validation_blocks(opened, self.block_tokens, split, max_tokens)
+        text = text_protocol(opened, split, self.block_tokens, self.chunk_size, seed)
+        key = stream(jax.random.key(seed), "evaluate")
+        scores: dict[str, Any] = {
+            "autoencoder": evaluate_autoencoder(self.autoencoder, blocks, documents, key, noise=noise, text=text)
+        }
+        if self.lm is not None:
+            scores["lm"] = evaluate_latent_lm(
+                self.autoencoder,
+                self.lm,
+                blocks,
+                documents,
+                key,
+                num_samples=num_samples,
+                decoding=decoding,
+                text=text,
+                name="CALM",
+            )
+            vocab_size = self.tokenizer.vocab_size
+            scores |= evaluate_ngrams(
+                opened.split("train"), vocab_size, blocks, documents, chunk_size=self.chunk_size, text=text
+            )
+        return scores
+
+    def export(self, folder: str | Path, card: ModelCard | None = None) -> None:
+        """Writes safetensors, config.json, tokenizer.json and a model card."""
+        if self.lm is None:
+            export_autoencoder(self.autoencoder, folder)
+            self.tokenizer.save(Path(folder) / "tokenizer.json")
+            return
+        export_latent_lm(self.lm, self.autoencoder, folder, card=card)
+        self.tokenizer.save(Path(folder) / "tokenizer.json")
+
+    @property
+    def chunk_size(self) -> int:
+        return self.autoencoder.config.chunk_size
+
+    def _require_lm(self) -> LatentLM:
+        if self.lm is None:
+            raise UsageError(f"{self.folder}: holds an autoencoder only; name the run of a language model")
+        return self.lm
+
+    def _stream(
+        self, lm: LatentLM, ids: list[np.ndarray], keys: Any, options: dict[str, Any], say: Callable[[str], None]
+    ) -> Generated:
+        if len(ids) != 1:
+            raise UsageError(f"stream: takes one prompt, got {len(ids)}")
+        written, so_far = "", []
+        chunks = stream_tokens(self.autoencoder, lm, ids, keys, **options)
+        while True:
+            try:
+                so_far.append(next(chunks)[0])
+            except StopIteration as stop:
+                result = stop.value
+                break
+            text = self.tokenizer.decode(np.concatenate(so_far))
+            # a character cut in two at a chunk boundary decodes to U+FFFD: hold it back until the rest has come
+            whole = text.rstrip("\N{REPLACEMENT CHARACTER}")
+            if whole.startswith(written):
+                say(whole[len(written) :])
+                written = whole
+        return result

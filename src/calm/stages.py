@@ -1,0 +1,273 @@
+"""The two stages of training, from a configuration and prepared data to a finished run folder."""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import numpy as np
+
+from calm import config as configuration
+from calm.autoencoder import Autoencoder, AutoencoderConfig
+from calm.errors import UsageError
+from calm.interop.export import export_autoencoder, load_exported_autoencoder
+from calm.metrics.brier_lm import TextProtocol
+from calm.models import LatentLM, LatentLMConfig
+from calm.nn.dense import Precision
+from calm.rng import row_keys, stream
+from calm.sampling import BatchTemperature, PlainSampler, generate
+from calm.text.batches import Batches, evaluation_blocks
+from calm.text.shards import Data, open_data
+from calm.text.tokenizer import Tokenizer, load_tokenizer, require_same_tokenizer
+from calm.train.checkpoint import load_parameters
+from calm.train.evaluate import evaluate_autoencoder, evaluate_latent_lm
+from calm.train.loop import TrainResult, train
+from calm.train.mesh import initialize_distributed
+from calm.train.objective import AutoencoderLossConfig, AutoencoderObjective, LatentLossConfig, LatentObjective
+from calm.train.run_folder import best_step
+from calm.train.settings import TrainConfig, settle_precision
+
+AUTOENCODER: Literal["autoencoder"] = "autoencoder"
+LM: Literal["latent_lm"] = "latent_lm"
+MAX_VALIDATION_TOKENS = 64 * 1024
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AutoencoderRun:
+    """All of stage 1; written as config.toml into the run, where it alone reproduces it."""
+
+    kind: Literal["autoencoder"] = AUTOENCODER
+    data: str = ""
+    """folder of prepared data"""
+    model: AutoencoderConfig = AutoencoderConfig()
+    loss: AutoencoderLossConfig = AutoencoderLossConfig()
+    train: TrainConfig = TrainConfig()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LatentLMRun:
+    """All of stage 2; written as config.toml into the run, where it alone reproduces it."""
+
+    kind: Literal["latent_lm"] = LM
+    data: str = ""
+    """folder of prepared data"""
+    autoencoder: str = ""
+    """run folder, or exported folder, of the trained autoencoder"""
+    model: LatentLMConfig = LatentLMConfig()
+    loss: LatentLossConfig = LatentLossConfig()
+    train: TrainConfig = TrainConfig()
+
+
+def train_autoencoder(run: AutoencoderRun, out: str | Path, resume: str = "auto", *, quiet: bool = False) -> dict[str, Any]:
+    """Trains stage 1 into the run folder `out` and exports the result to `out/export`. Returns its held-out accuracy."""
+    initialize_distributed()
+    data = _open(run.data, "data")
+    run = dataclasses.replace(run, model=_filled(run.model, vocab_size=data.tokenizer.vocab_size))
+    precision, rates = settle_precision(run.train.precision, out)
+    objective = AutoencoderObjective(run.model, run.loss, mask_id=data.tokenizer.mask_id, precision=precision)
+    blocks, documents = validation_blocks(data, run.train.num_tokens, "valid", MAX_VALIDATION_TOKENS)
+    text = text_protocol(data, "valid", run.train.num_tokens, run.model.chunk_size, run.train.seed)
+
+    def evaluate(params: Any, step: int) -> dict[str, float]:
+        report = evaluate_autoencoder(objective.module(params), blocks, documents, _evaluation_key(run), text=text)
+        noisy = {f"accuracy_sigma_{entry.sigma:g}": float(entry.tokens.estimate) for entry in report.noise}
+        return {
+            "accuracy": float(report.token_accuracy.estimate),
+            "chunk_accuracy": float(report.chunk_accuracy.estimate),
+            **noisy,
+        }
+
+    result = _train(objective, run, data, out, resume, precision, rates, quiet, evaluate=evaluate)
+    export_autoencoder(objective.module(_best_parameters(out, objective)), Path(out) / "export")
+    return {"run": str(out), "step": result.step, **result.metrics}
+
+
+def train_lm(run: LatentLMRun, out: str | Path, resume: str = "auto", *, quiet: bool = False) -> dict[str, Any]:
+    """Trains stage 2 into the run folder `out`, which also keeps a copy of the frozen autoencoder. Returns its scores."""
+    initialize_distributed()
+    data = _open(run.data, "data")
+    if not run.autoencoder:
+        raise UsageError("autoencoder: name the run folder of a trained autoencoder (`calm train autoencoder` makes one)")
+    precision, rates = settle_precision(run.train.precision, out)
+    autoencoder, tokenizer = load_autoencoder(run.autoencoder, precision)
+    if tokenizer is not None:
+        require_same_tokenizer(data.tokenizer.fingerprint, tokenizer.fingerprint, f"autoencoder {run.autoencoder}")
+    sizes = {name: getattr(autoencoder.config, name) for name in ("vocab_size", "chunk_size", "latent_dim")}
+    run = dataclasses.replace(run, model=_filled(run.model, **sizes))
+    context = _chunks(run.train.num_tokens, run.model.chunk_size)
+    objective = LatentObjective(run.model, run.loss, autoencoder, context=context, precision=precision)
+    blocks, documents = validation_blocks(data, run.train.num_tokens, "valid", MAX_VALIDATION_TOKENS)
+    text = text_protocol(data, "valid", run.train.num_tokens, run.model.chunk_size, run.train.seed)
+
+    def evaluate(params: Any, step: int) -> dict[str, float]:
+        lm = objective.module(params)
+        report = evaluate_latent_lm(autoencoder, lm, blocks, documents, _evaluation_key(run), text=text)
+        scores = {"energy": report.energy_loss, "brier_lm": report.brier_lm}
+        scores |= {f"brier_{n}": interval for n, interval in enumerate(report.brier_n, 1)}
+        return {name: float(interval.estimate) for name, interval in scores.items() if interval is not None}
+
+    def sample(params: Any, step: int) -> str:
+        return _samples(autoencoder, objective.module(params), data, run.train.num_tokens)
+
+    # The autoencoder is in place before the first checkpoint: a run folder is complete from the start.
+    if jax.process_index() == 0:
+        export_autoencoder(autoencoder, Path(out) / AUTOENCODER)
+    result = _train(objective, run, data, out, resume, precision, rates, quiet, evaluate=evaluate, sample=sample)
+    return {"run": str(out), "step": result.step, **result.metrics}
+
+
+def load_run_config(folder: str | Path) -> AutoencoderRun | LatentLMRun:
+    """The configuration that a run folder holds."""
+    path = Path(folder) / "config.toml"
+    if not path.is_file():
+        raise UsageError(f"{folder}: not a run folder (no config.toml); `calm train` and `calm quickstart` make one")
+    kinds = {AUTOENCODER: AutoencoderRun, LM: LatentLMRun}
+    kind = configuration.read_toml(path).get("kind")
+    if kind not in kinds:
+        raise UsageError(f"{path}: kind is {kind!r}, expected one of {', '.join(kinds)}")
+    return configuration.load(kinds[kind], [path])
+
+
+def load_autoencoder(folder: str | Path, precision: Precision = "float32") -> tuple[Autoencoder, Tokenizer | None]:
+    """A trained autoencoder with its tokenizer, from a stage-1 run (its best checkpoint), a stage-2 run or an export."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UsageError(f"autoencoder {folder}: no such folder")
+    if (folder / "config.json").is_file() or (folder / AUTOENCODER / "config.json").is_file():
+        return load_exported_autoencoder(folder, precision), _tokenizer(folder)
+    run = load_run_config(folder)
+    if not isinstance(run, AutoencoderRun):
+        raise UsageError(f"autoencoder {folder}: holds a language model run without its autoencoder")
+    # the mask id matters in training only
+    objective = AutoencoderObjective(run.model, run.loss, mask_id=0, precision=precision)
+    return objective.module(_best_parameters(folder, objective)), _tokenizer(folder)
+
+
+def load_lm(folder: str | Path, precision: Precision = "float32") -> tuple[LatentLM, Autoencoder, Tokenizer | None]:
+    """A trained language model with its autoencoder and tokenizer, from a stage-2 run (its best checkpoint)."""
+    run = load_run_config(folder)
+    if not isinstance(run, LatentLMRun):
+        raise UsageError(f"{folder}: holds an autoencoder, not a language model")
+    autoencoder = load_exported_autoencoder(Path(folder) / AUTOENCODER, precision)
+    context = _chunks(run.train.num_tokens, run.model.chunk_size)
+    objective = LatentObjective(run.model, run.loss, autoencoder, context=context, precision=precision)
+    return objective.module(_best_parameters(folder, objective)), autoencoder, _tokenizer(Path(folder))
+
+
+def _best_parameters(folder: str | Path, objective: Any) -> Any:
+    """All trained weights of a run's best checkpoint, or of its last where none was named best."""
+    target = jax.eval_shape(objective.init, jax.random.key(0))
+    return load_parameters(Path(folder) / "checkpoints", best_step(folder), target)
+
+
+def validation_blocks(data: Data, num_tokens: int, split: str, max_tokens: int | None) -> tuple[np.ndarray, np.ndarray]:
+    """Blocks of a split to score, from its start, and the documents they begin in; the whole split if `max_tokens` is None."""
+    blocks = None if max_tokens is None else max(1, max_tokens // num_tokens)
+    return evaluation_blocks(data.split(split), num_tokens=num_tokens, max_blocks=blocks)
+
+
+def text_protocol(data: Data, split: str, num_tokens: int, chunk_size: int, seed: int = 0) -> TextProtocol:
+    """What is stamped on scores of this data."""
+    return TextProtocol(
+        dataset=str(data.manifest.source.get("name", "unnamed")),
+        sha256=str(data.manifest.source.get("sha256", "unknown")),
+        split=split,
+        tokenizer=data.tokenizer.fingerprint,
+        block_tokens=num_tokens,
+        chunk_size=chunk_size,
+        seed=seed,
+    )
+
+
+def _train(
+    objective: Any,
+    run: AutoencoderRun | LatentLMRun,
+    data: Data,
+    out: str | Path,
+    resume: str,
+    precision: Precision,
+    rates: Any,
+    quiet: bool,
+    *,
+    evaluate: Callable[[Any, int], dict[str, float]],
+    sample: Callable[[Any, int], str] | None = None,
+) -> TrainResult:
+    chunk_size = run.model.chunk_size
+    _chunks(run.train.num_tokens, chunk_size)
+    batches = Batches(
+        data.split("train"),
+        batch_size=run.train.batch_size,
+        num_tokens=run.train.num_tokens,
+        chunk_size=chunk_size,
+        begin_id=data.tokenizer.begin_id,
+        seed=run.train.seed,
+        host_index=jax.process_index(),
+        host_count=jax.process_count(),
+    )
+    folder = Path(out)
+    if jax.process_index() == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        data.tokenizer.save(folder / "tokenizer.json")
+    facts = {
+        "tokenizer": data.tokenizer.fingerprint,
+        "data": {"source": data.manifest.source, "splits": {k: v["tokens"] for k, v in data.manifest.splits.items()}},
+        "parameters": run.model.parameters(),
+    }
+    return train(
+        objective,
+        batches,
+        run.train,
+        folder,
+        config_text=configuration.to_toml(run),
+        evaluate=evaluate,
+        sample=sample,
+        resume=resume,
+        precision=precision,
+        rates=rates,
+        facts=facts,
+        quiet=quiet,
+    )
+
+
+def _samples(autoencoder: Autoencoder, lm: LatentLM, data: Data, num_tokens: int) -> str:
+    """Continuations of the first tokens of three validation documents at T = 1 and T = 1/2, with seed 0."""
+    tokenizer, valid = data.tokenizer, data.split("valid")
+    starts = [int(start) for start in valid.documents[:3]]
+    prompts = [valid.read(start, min(32, valid.num_tokens - start)) for start in starts]
+    parts = []
+    for name, sampler in (("T=1", PlainSampler()), ("T=1/2", BatchTemperature(n=2, num_candidates=100))):
+        keys = row_keys(jax.random.key(0), len(prompts))
+        result = generate(autoencoder, lm, prompts, keys, special=tokenizer, max_tokens=min(64, num_tokens), sampler=sampler)
+        for prompt, tokens, length in zip(prompts, result.tokens, result.lengths, strict=True):
+            parts.append(f"[{name}] {tokenizer.decode(prompt)} >>> {tokenizer.decode(tokens[:length])}")
+    return "\n\n".join(parts)
+
+
+def _open(folder: str, key: str) -> Data:
+    if not folder:
+        raise UsageError(f"{key}: name a folder of prepared data (`calm data prepare` makes one)")
+    return open_data(folder)
+
+
+def _filled(model: Any, **sizes: int) -> Any:
+    """`model` with sizes that were left at 0 taken from what it is trained on; others must agree."""
+    for name, size in sizes.items():
+        if getattr(model, name) not in (0, size):
+            raise UsageError(f"model.{name} is {getattr(model, name)}, but what it is trained on has {size}")
+    return dataclasses.replace(model, **sizes)
+
+
+def _chunks(num_tokens: int, chunk_size: int) -> int:
+    if num_tokens % chunk_size or num_tokens < 2 * chunk_size:
+        raise UsageError(f"chunk size K={chunk_size} must divide train.num_tokens={num_tokens} at least twice")
+    return num_tokens // chunk_size
+
+
+def _evaluation_key(run: AutoencoderRun | LatentLMRun) -> Any:
+    return stream(jax.random.key(run.train.seed), "evaluate")
+
+
+def _tokenizer(folder: Path) -> Tokenizer | None:
+    path = folder / "tokenizer.json"
+    return load_tokenizer(path) if path.is_file() else None
