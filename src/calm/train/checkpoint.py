@@ -65,14 +65,20 @@ class Checkpoints:
     def restore(self, step: int, parts: Trees) -> tuple[dict[str, Any], dict[str, Any]]:
         """The checkpoint of `step` on the shapes, types and shardings of `parts`, and the loop's numbers.
 
-        Leaves of `parts` are `jax.ShapeDtypeStruct`s with a sharding. A checkpoint of other shapes is a `UsageError`.
+        Leaves of `parts` are `jax.ShapeDtypeStruct`s with a sharding. A checkpoint of other shapes is a `UsageError`; one whose
+        files were damaged raises whatever its reader meets.
         """
+        self.wait()
         if step not in self.steps:
             have = ", ".join(map(str, self.steps)) or "none"
             raise UsageError(f"{self.folder}: there is no checkpoint of step {step} (there are: {have})")
         metadata = self._orbax.checkpointables_metadata(step)
         for part, tree in parts.items():
-            _check_shapes(f"{self.folder / str(step)}: {part}", metadata.metadata.get(part) or {}, named_leaves(tree))
+            path = self.folder / str(step)
+            there = metadata.metadata.get(part)
+            if there is None and (path / part).is_dir():
+                raise OSError(f"{path / part}: cannot be read")
+            _check_shapes(f"{path}: {part}", there or {}, named_leaves(tree))
         wanted = {part: named_leaves(tree) for part, tree in parts.items()}
         found = self._orbax.load_checkpointables(step, {part: leaves for part, leaves in wanted.items() if leaves})
         trees = {part: _like(tree, found.get(part, {})) for part, tree in parts.items()}

@@ -14,7 +14,7 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from calm.errors import UsageError
 from calm.text.prepare import prepare
@@ -66,7 +66,7 @@ class ExperimentTracker:
     def finish(self) -> None:
         self._trackers.finish()
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "ExperimentTracker":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:

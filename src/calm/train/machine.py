@@ -6,7 +6,7 @@ units for them, float32 where it has not and bfloat16 would be slower.
 """
 
 import time
-from typing import Literal, NamedTuple, cast
+from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -56,7 +56,7 @@ def probe(shapes: tuple[tuple[int, int, int], ...] = SHAPES, seconds: float = 1.
     return MatrixRates(**best)
 
 
-def choose_precision(requested: Literal["auto", "float32", "bfloat16"], rates: MatrixRates | None = None) -> Precision:
+def choose_precision(requested: str, rates: MatrixRates | None = None) -> Precision:
     """The precision asked for; "auto" takes the faster one on this machine, probing it unless `rates` are known."""
     if requested in PRECISIONS:
         return cast(Precision, requested)

@@ -56,16 +56,16 @@ class MeshConfig:
         chosen = jax.devices()[: data * self.model]
         return jax.make_mesh((data, self.model), (DATA, MODEL), axis_types=(AxisType.Auto,) * 2, devices=chosen)
 
-    def spec(self, name: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
-        """How the parameter `name` is cut: by the first rule that finds it, else its largest divisible axis over `model`."""
+    def spec(self, name: str, shape: tuple[int, ...], sizes: Mapping[str, int]) -> PartitionSpec:
+        """How the parameter `name` is cut over axes of `sizes`: by the first rule that finds it, or else by size."""
         for pattern, axes in self.rules:
             if re.search(pattern, name):
-                return _ruled(pattern, name, axes, shape, mesh)
+                return _ruled(pattern, name, axes, shape, sizes)
         if np.prod(shape, dtype=np.int64) < self.minimum_size:
             return PartitionSpec()
         cut: list[str | None] = [None] * len(shape)
         for axis in (MODEL, DATA) if self.shard_over_data else (MODEL,):
-            size = mesh.shape[axis]
+            size = sizes[axis]
             free = [i for i, length in enumerate(shape) if cut[i] is None and length % size == 0]
             if size > 1 and free:
                 cut[max(free, key=lambda i: shape[i])] = axis
@@ -81,7 +81,7 @@ class MeshConfig:
 
         def sharding(name: str, leaf: Any) -> NamedSharding:
             owner = next((end for end in _endings(name) if shapes.get(end) == leaf.shape), None)
-            return NamedSharding(mesh, PartitionSpec() if owner is None else self.spec(owner, leaf.shape, mesh))
+            return NamedSharding(mesh, PartitionSpec() if owner is None else self.spec(owner, leaf.shape, mesh.shape))
 
         return map_named(sharding, tree)
 
@@ -127,12 +127,12 @@ def initialize_distributed(environment: Mapping[str, str] = os.environ) -> bool:
     return False
 
 
-def _ruled(pattern: str, name: str, axes: tuple[str, ...], shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+def _ruled(pattern: str, name: str, axes: tuple[str, ...], shape: tuple[int, ...], sizes: Mapping[str, int]) -> PartitionSpec:
     if len(axes) != len(shape):
         raise UsageError(f"mesh: rule {pattern!r} gives {len(axes)} axes, but {name} has shape {shape}")
     for axis, length in zip(axes, shape, strict=True):
-        if axis and length % mesh.shape[axis]:
-            raise UsageError(f"mesh: rule {pattern!r} splits {name} {shape} over {mesh.shape[axis]} devices: not divisible")
+        if axis and length % sizes[axis]:
+            raise UsageError(f"mesh: rule {pattern!r} splits {name} {shape} over {sizes[axis]} devices: not divisible")
     return PartitionSpec(*(axis or None for axis in axes))
 
 

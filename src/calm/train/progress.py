@@ -5,7 +5,7 @@ import sys
 import time
 from collections.abc import Iterator
 from types import TracebackType
-from typing import Any, NamedTuple, Self, TextIO
+from typing import Any, NamedTuple
 
 from calm.train.machine import MatrixRates
 
@@ -59,11 +59,11 @@ class Meter:
 class Progress:
     """`with Progress(total) as progress: progress.update(step, loss, throughput)`."""
 
-    def __init__(self, total: int, *, stream: TextIO | None = None, quiet: bool = False):
+    def __init__(self, total: int, *, stream: Any = None, quiet: bool = False):
         self.total, self.stream, self.quiet = total, stream or sys.stderr, quiet
         self._bar: Any = None
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Progress":
         if not self.quiet and self.stream.isatty():
             from rich.console import Console
             from rich.progress import BarColumn, MofNCompleteColumn, TextColumn

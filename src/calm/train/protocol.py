@@ -1,7 +1,7 @@
 """What the training loop asks of the two things it is given: an objective and a stream of batches."""
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Array, Float, Int
@@ -18,6 +18,7 @@ Sample = Callable[[Params, int], str]
 """(parameters to evaluate, step) -> text for a person to read."""
 
 
+@runtime_checkable
 class Objective(Protocol):
     """What is minimised. Everything that is trained comes from `init`; everything that is not is in `frozen`."""
 
@@ -41,6 +42,7 @@ class Objective(Protocol):
         ...
 
 
+@runtime_checkable
 class BatchStream(Protocol):
     """An endless iterator of int32 `[B T]` whose position is a small dict of whole numbers."""
 

@@ -74,9 +74,7 @@ class TrainConfig:
         )
 
 
-def settle_precision(
-    requested: Literal["auto", "float32", "bfloat16"], folder: str | Path
-) -> tuple[Precision, MatrixRates | None]:
+def settle_precision(requested: str, folder: str | Path) -> tuple[Precision, MatrixRates | None]:
     """The precision of the run in `folder`, and the machine's rates: those recorded when it began, else by a probe now.
 
     The objective is built with this precision, and both go to `train`, which records them. A run that goes on takes what is

@@ -3,7 +3,7 @@
 import signal
 import threading
 from types import FrameType, TracebackType
-from typing import Any, Self
+from typing import Any
 
 import jax
 
@@ -21,7 +21,7 @@ class StopRequest:
         self.name: str | None = None
         self._before: dict[int, Any] = {}
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "StopRequest":
         if threading.current_thread() is threading.main_thread() and jax.process_count() == 1:
             self._before = {number: signal.signal(number, self._receive) for number in SIGNALS}
         return self

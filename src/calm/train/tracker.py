@@ -9,12 +9,13 @@ import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from calm.errors import CalmError, UsageError, require_extra
 from calm.train.run_folder import RunFolder
 
 
+@runtime_checkable
 class Tracker(Protocol):
     """One place that keeps metrics. Called by the first process only, in this order: start, any log and artifact, finish."""
 
