@@ -14,7 +14,22 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.pop("CALM_DEBUG", None)
 
+import pytest  # noqa: E402
 from hypothesis import settings  # noqa: E402
 
 settings.register_profile("same each time", derandomize=True, database=None, deadline=None)
 settings.load_profile("same each time")
+
+
+@pytest.fixture(scope="session")
+def tiny_runs(tmp_path_factory) -> Path:
+    """A folder with text/, data/, and the run folders autoencoder/ and lm/ of the smallest models. Read it, do not write."""
+    import tiny
+
+    folder = tmp_path_factory.mktemp("tiny")
+    tiny.write_corpus(folder / "text")
+    data, autoencoder, lm = (str(folder / name) for name in ("data", "autoencoder", "lm"))
+    tiny.run("data", "prepare", "--source", str(folder / "text"), "--out", data, "--tokenizer", "bytes")
+    tiny.run("train", "autoencoder", "--data", data, "--out", autoencoder, *tiny.AUTOENCODER)
+    tiny.run("train", "lm", "--data", data, "--autoencoder", autoencoder, "--out", lm, *tiny.LM)
+    return folder

@@ -127,11 +127,12 @@ def from_dict(
             `UsageError`.
         where: the file (or other source) that errors name.
     """
-    mapping = dict(mapping)
-    version = mapping.pop("schema_version", SCHEMA_VERSION)
-    if version != SCHEMA_VERSION:
-        raise UsageError(f"{where}: schema_version is {version!r}, and this version of calm reads {SCHEMA_VERSION}")
-    return _decode_dataclass(cls, mapping, default, where, "")
+    return _decode_dataclass(cls, _without_version(mapping, where), default, where, "")
+
+
+def field_values(cls: type, mapping: Mapping[str, Any], where: str = "configuration") -> dict[str, Any]:
+    """As `from_dict`, for a part of the fields: the decoded values of those that `mapping` names, and no object."""
+    return _decode_fields(cls, _without_version(mapping, where), None, where, "")
 
 
 # -- decoding ---------------------------------------------------------------------------------------------------------
@@ -142,26 +143,33 @@ def _decode_dataclass(cls: type[Config], mapping: Any, default: Config | None, w
         raise _mismatch(where, path, f"a table of {cls.__name__}", mapping)
     if default is not None and type(default) is not cls:
         default = None
-    fields = {field.name: field for field in dataclasses.fields(cast(Any, cls)) if field.init}
-    hints = get_type_hints(cls, include_extras=True)
-    for key in mapping:
-        if key not in fields:
-            near = suggestion(_join(path, key), [_join(path, name) for name in fields])
-            raise UsageError(f"{where}: unknown key {_join(path, key)!r}{near}")
-    values = {}
-    for name, field in fields.items():
-        if name in mapping:
-            below = getattr(default, name) if default is not None else _field_default(field)
-            values[name] = _decode(hints[name], mapping[name], below, where, _join(path, name))
-        elif default is not None:
-            values[name] = getattr(default, name)
+    values = _decode_fields(cls, mapping, default, where, path)
+    for field in dataclasses.fields(cast(Any, cls)):
+        if field.name in values or not field.init:
+            continue
+        if default is not None:
+            values[field.name] = getattr(default, field.name)
         elif _field_default(field) is dataclasses.MISSING:
-            raise UsageError(f"{where}: key {_join(path, name)!r} is missing and has no default")
+            raise UsageError(f"{where}: key {_join(path, field.name)!r} is missing and has no default")
     try:
         return cls(**values)
     except ValueError as error:
         place = f"{where}: {path}" if path else where
         raise UsageError(f"{place}: {error}") from error
+
+
+def _decode_fields(cls: type, mapping: Mapping[str, Any], default: Any, where: str, path: str) -> dict[str, Any]:
+    """The decoded values of the fields that `mapping` names."""
+    fields = {field.name: field for field in dataclasses.fields(cls) if field.init}
+    hints = get_type_hints(cls, include_extras=True)
+    values = {}
+    for key, value in mapping.items():
+        if key not in fields:
+            near = suggestion(_join(path, key), [_join(path, name) for name in fields])
+            raise UsageError(f"{where}: unknown key {_join(path, key)!r}{near}")
+        below = getattr(default, key) if default is not None else _field_default(fields[key])
+        values[key] = _decode(hints[key], value, below, where, _join(path, key))
+    return values
 
 
 def _decode(hint: Any, value: Any, default: Any, where: str, path: str, lenient: bool = True) -> Any:
@@ -271,6 +279,14 @@ def _encode(hint: Any, value: Any) -> Any:
     if isinstance(value, bool | int | float | str):
         return value
     raise TypeError(f"a configuration cannot hold {value!r} of type {type(value).__name__}")
+
+
+def _without_version(mapping: Mapping[str, Any], where: str) -> dict[str, Any]:
+    rest = dict(mapping)
+    version = rest.pop("schema_version", SCHEMA_VERSION)
+    if version != SCHEMA_VERSION:
+        raise UsageError(f"{where}: schema_version is {version!r}, and this version of calm reads {SCHEMA_VERSION}")
+    return rest
 
 
 # -- small helpers ----------------------------------------------------------------------------------------------------

@@ -51,10 +51,10 @@ class Probe:
     run_settings: Annotated[Settings, tyro.conf.arg(name="")] = Settings()
 
     @classmethod
-    def from_preset(cls, default, name):
+    def from_preset(cls, name):
         if name != "big":
             raise UsageError(f"no preset {name!r}")
-        return dataclasses.replace(default, run_settings=Settings(steps=1000, rate=0.5))
+        return Settings(steps=1000, rate=0.5)
 
     def run(self):
         print("working")

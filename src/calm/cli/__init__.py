@@ -172,6 +172,8 @@ def plain(value: Any) -> Any:
         return value if math.isfinite(value) else None
     if value is None or isinstance(value, bool | int | str):
         return value
+    if hasattr(value, "to_dict"):  # a report
+        return plain(value.to_dict())
     if hasattr(value, "tolist"):  # numpy and jax arrays and scalars
         return plain(value.tolist())
     if hasattr(value, "_asdict"):

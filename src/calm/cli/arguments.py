@@ -2,9 +2,9 @@
 
     precedence      dataclass defaults < preset < files in order < command line
 
-A verb that trains holds a configuration in a field and names it in the class attribute `configuration`; files and presets then
-fill that field, and its options need no prefix (`--model.dim 256`). For every other verb files fill the verb's own fields.
-Human numbers (30k, 2M) are read everywhere, `none` is None, and a bad option ends in one line.
+A verb that trains holds a configuration in a field and names it in the class attribute `configuration`; files and presets
+(`from_preset(name)`) then fill that field, and its options need no prefix (`--model.dim 256`). For every other verb files
+fill the verb's own fields. Human numbers (30k, 2M) are read everywhere, `none` is None, and a bad option ends in one line.
 """
 
 import contextlib
@@ -54,23 +54,30 @@ def parse(cls: Any, arguments: Sequence[str], *, prog: str, epilogue: str = "") 
 
 
 def _default(cls: Any, preset: str | None, files: list[str], prog: str) -> Any:
+    """What tyro takes for the options that the command line leaves out."""
     field = getattr(cls, "configuration", None)
-    if preset is not None and field is None and not hasattr(cls, "from_preset"):
+    if preset is not None and field is None:
         raise UsageError(f"{prog} takes no --preset")
-    blank = {item.name: tyro.MISSING for item in dataclasses.fields(cls) if _is_required(item)}
-    default = cls(**blank)
-    if preset is not None:
-        default = cls.from_preset(default, preset)
-    if not files:
-        return default
+    values: dict[str, Any] = {}
     if field is None:
-        return config.load(cls, files, default)
-    below = getattr(default, field)
-    return dataclasses.replace(default, **{field: config.load(type(below), files, below)})
+        for file in files:
+            values |= config.field_values(cls, config.read_toml(file), file)
+    elif files or preset is not None:
+        below = cls.from_preset(preset) if preset is not None else _default_of(cls, field)
+        values[field] = config.load(type(below), files, below)
+    # Not cls(...): a field without a default may still come from the command line, so the object is not whole yet.
+    default = object.__new__(cls)
+    for item in dataclasses.fields(cls):
+        value = values[item.name] if item.name in values else _default_of(cls, item.name)
+        object.__setattr__(default, item.name, value)
+    return default
 
 
-def _is_required(field: dataclasses.Field[Any]) -> bool:
-    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+def _default_of(cls: Any, name: str) -> Any:
+    (field,) = (item for item in dataclasses.fields(cls) if item.name == name)
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
+    return tyro.MISSING if field.default is dataclasses.MISSING else field.default
 
 
 def _take(words: list[str], option: str) -> list[str]:

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -20,16 +20,43 @@ class Evaluate:
     """train, valid or test."""
     max_tokens: int | None = None
     """Score only this many tokens (30k, 2M are understood); without it, the whole split."""
+    num_samples: int = 8
+    """Samples of the next chunk at every position, from which BrierLM is estimated."""
+    decoding: Literal["argmax", "drawn"] = "argmax"
+    """How a latent becomes tokens: the decoder's argmax, or drawn from its softmax (scored exactly)."""
+    noise: tuple[float, ...] = (0.3,)
+    """Noise on the posterior mean under which the autoencoder's reconstruction is scored too."""
     seed: int = 0
     out: str | None = None
     """Also write the scores as JSON to this file."""
 
     def run(self) -> dict[str, Any]:
         from calm import bundle
+        from calm.cli import plain
+        from calm.report.scores import compare
 
-        scores = bundle.load(self.folder).evaluate(data=self.data, split=self.split, max_tokens=self.max_tokens, seed=self.seed)
+        scores = bundle.load(self.folder).evaluate(
+            self.data,
+            split=self.split,
+            max_tokens=self.max_tokens,
+            num_samples=self.num_samples,
+            decoding=self.decoding,
+            noise=self.noise,
+            seed=self.seed,
+        )
+        if "lm" in scores:
+            scores["against_bigram"] = compare(scores["lm"], scores["bigram"])
         if self.out is not None:
-            from calm.cli import plain
-
             Path(self.out).write_text(json.dumps(plain(scores), indent=2) + "\n", encoding="utf-8")
         return scores
+
+    def show(self, scores: dict[str, Any]) -> str:
+        from calm.report.scores import brier_table
+
+        parts = [scores["autoencoder"].table()]
+        if "lm" in scores:
+            parts += [
+                brier_table([scores[name] for name in ("lm", "bigram", "unigram")]),
+                scores["against_bigram"].table(),
+            ]
+        return "\n\n".join(parts)

@@ -22,8 +22,8 @@ class Generate:
     """A text file whose content is one more prompt; - is standard input."""
     max_tokens: int = 128
     """The most tokens that are added to a prompt."""
-    temperature: float = 1.0
-    """1, or 1/n for a whole n: 0.5, 0.33, 0.25 ..."""
+    temperature: str = "1"
+    """1, or 1/n for a whole n: 0.5, 1/3, 0.25 ..."""
     candidates: int = 200
     """How many draws the sampler chooses among below temperature 1."""
     seed: int = 0

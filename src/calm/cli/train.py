@@ -22,8 +22,8 @@ class TrainAutoencoder:
     settings: Annotated[AutoencoderRun, tyro.conf.arg(name="")] = AutoencoderRun()
 
     @classmethod
-    def from_preset(cls, default: "TrainAutoencoder", name: str) -> "TrainAutoencoder":
-        return dataclasses.replace(default, settings=presets.get(name).autoencoder)
+    def from_preset(cls, name: str) -> AutoencoderRun:
+        return presets.get(name).autoencoder
 
     def run(self) -> dict[str, Any]:
         return train_autoencoder(self.settings, self.out, self.resume)
@@ -42,8 +42,8 @@ class TrainLM:
     settings: Annotated[LatentLMRun, tyro.conf.arg(name="")] = LatentLMRun()
 
     @classmethod
-    def from_preset(cls, default: "TrainLM", name: str) -> "TrainLM":
-        return dataclasses.replace(default, settings=presets.get(name).lm)
+    def from_preset(cls, name: str) -> LatentLMRun:
+        return presets.get(name).lm
 
     def run(self) -> dict[str, Any]:
         return train_lm(self.settings, self.out, self.resume)
