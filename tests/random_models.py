@@ -1,11 +1,22 @@
 """Models of random weights for tests, biases and norms included, without compiling an initialiser."""
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from flax import nnx
 
 from calm.interop.weights import build_with_weights
+
+
+class Layer:
+    """A configuration made of a function `rngs -> module`."""
+
+    def __init__(self, build: Callable[[nnx.Rngs], nnx.Module]):
+        self.make = build
+
+    def build(self, *, rngs: nnx.Rngs, precision: str = "float32") -> nnx.Module:
+        return self.make(rngs)
 
 
 def random_model(config: Any, seed: int = 0, precision: str = "float32") -> Any:
@@ -22,3 +33,8 @@ def random_model(config: Any, seed: int = 0, precision: str = "float32") -> Any:
             "embedding": lambda noise=noise: noise,
         }[kind]()
     return build_with_weights(config, weights, precision=precision, where="test")
+
+
+def normal(*shape: int, seed: int = 0) -> np.ndarray:
+    """Standard normals in float32."""
+    return np.random.default_rng(seed).standard_normal(shape, np.float32)

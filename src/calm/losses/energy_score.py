@@ -114,8 +114,8 @@ def fidelity_second_order(
     squares = jnp.square(samples - posterior.mean)
     q = squares.sum(-1) + variance.sum(-1)
     v = 4 * (squares * variance).sum(-1) + 2 * jnp.square(variance).sum(-1)
-    expected = distance(q, alpha) * (1 - alpha * (2 - alpha) / 8 * v / jnp.maximum(jnp.square(q), 1e-24))
-    expected = expected.mean(0)
+    divisor = jnp.where(q > 1e-12, q, 1.0)  # divided by twice: its square would underflow in the gradient
+    expected = (distance(q, alpha) * (1 - alpha * (2 - alpha) / 8 * (v / divisor / divisor))).mean(0)
     accurate = jnp.all(2 * jnp.square(q) >= MIN_EFFECTIVE_DIMENSIONS * v, axis=0)
 
     def with_draws(operands: tuple[Array, Gaussian]) -> Array:
