@@ -76,6 +76,17 @@ def test_sampled_scores_average_to_the_closed_form(model):
     assert (np.abs(difference.mean(0)) < 3.5 * error).all()
 
 
+@pytest.mark.parametrize("place", [0, 1], ids=["unigram", "bigram"])
+def test_draws_follow_the_conditional(place):
+    model = fit_ngrams(ArraySplit(np.array([0, 1, 0, 1, 0, 2, 3, 3])), 5)[place]  # rows of a few counts each
+    draws = 20_000
+    for context in range(5):
+        expected = model.conditional(np.full(5, context), np.arange(5))
+        tokens = sample(model, np.full(draws, context), num_tokens=1, num_samples=1, seed=context)
+        shares = np.bincount(tokens.reshape(-1), minlength=5) / draws
+        assert (np.abs(shares - expected) < 4.5 * np.sqrt(expected * (1 - expected) / draws)).all()
+
+
 def test_log_probability_is_that_of_the_chain(model):
     tokens = np.array([1, 2, 0])
     expected = np.log(brute_force(model, 4, 3)[(1, 2, 0)])

@@ -140,6 +140,10 @@ def test_autoencoder_scores_are_those_of_its_own_methods(models):
     spread = np.sqrt(mean.var(0) + np.square(std).mean(0))
     assert report.aggregate_std == pytest.approx(spread.mean(), rel=1e-4)
     assert report.posterior_std_relative == pytest.approx((std.mean(0) / spread).mean(), rel=1e-4)
+    keys = [jax.random.fold_in(stream(KEY, "noise"), row) for row in range(5)]
+    noise = jnp.concatenate([jax.random.normal(key, (5, 6)) for key in keys])
+    sampled = np.asarray(autoencoder.decode(posterior.mean + posterior.std * noise)) == np.asarray(chunks)
+    assert report.sampled.tokens.estimate == pytest.approx(sampled.mean(), abs=1e-6) != right.mean()
     assert report.kl == pytest.approx(kl.sum(-1).mean(), rel=1e-4)
     assert [each.sigma for each in report.noise] == pytest.approx([0, 0.3, 100])
     assert report.noise[1].relative == pytest.approx((0.3 / spread).mean(), rel=1e-4)
@@ -148,7 +152,6 @@ def test_autoencoder_scores_are_those_of_its_own_methods(models):
 
 
 def test_noise_that_drowns_the_latent_makes_accuracy_chance():
-    """An autoencoder whose latent is copied to the logits: right without noise, at chance under a lot of it."""
     autoencoder = build()[0]
     blocks = np.random.default_rng(3).integers(0, VOCABULARY, (40, 100))
     drowned = evaluate_autoencoder(autoencoder, blocks, np.arange(40), KEY, noise=(1000.0,)).noise[1]
