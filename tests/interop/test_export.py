@@ -7,7 +7,6 @@ import stat
 import numpy as np
 import pytest
 from flax import nnx
-from random_models import random_model
 
 from calm.autoencoder import AutoencoderConfig
 from calm.errors import CalmError, UsageError
@@ -22,6 +21,7 @@ from calm.interop.export import (
 from calm.interop.weights import flat_weights
 from calm.models import LatentLMConfig
 from calm.nn import BackboneConfig
+from random_models import random_model
 
 SIZES = dict(vocab_size=11, chunk_size=2, latent_dim=3)
 
