@@ -14,6 +14,7 @@ from calm.stages import train_autoencoder, train_lm
 from calm.text.prepare import prepare
 from calm.text.shards import open_data
 from calm.text.writer import write_whole
+from calm.train.run_folder import read_records
 
 NOISE = (0.1, 0.2, 0.3, 0.5, 0.75, 1.0)
 MAX_EVALUATION_TOKENS = 128 * 1024
@@ -84,8 +85,7 @@ def _continue(model: bundle.Bundle, data: str, seed: int) -> list[dict[str, str]
 
 def _training_speed(folder: Path) -> float:
     """The median tokens per second over a run's records."""
-    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    rates = sorted(record["tokens_per_second"] for record in records if "tokens_per_second" in record)
+    rates = sorted(record["tokens_per_second"] for record in read_records(folder / "timing.jsonl"))
     return rates[len(rates) // 2] if rates else 0.0
 
 
