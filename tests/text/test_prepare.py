@@ -146,6 +146,27 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on(source, prepared, tmp_path,
     assert contents(tmp_path) == contents(prepared)
 
 
+def test_one_long_document_goes_on_in_its_middle(tmp_path, monkeypatch, small_batches):
+    source, left, append = tmp_path / "novel.txt", [7], SplitWriter.append
+    source.write_text("".join(f"line {number} of a long novel\n" for number in range(10_000)))
+
+    def stop(self, *arguments):
+        left[0] -= 1
+        if left[0] < 0:
+            raise KeyboardInterrupt
+        append(self, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SplitWriter, "append", stop)
+        with pytest.raises(KeyboardInterrupt):
+            prepare(source, tmp_path / "parts", "bytes", quiet=True)
+    cursor = json.loads((tmp_path / "parts" / "prepare.journal.json").read_text())["cursor"]
+    assert cursor["document"] == 0 and cursor["piece"] > 3
+    prepare(source, tmp_path / "parts", "bytes", quiet=True)
+    prepare(source, tmp_path / "whole", "bytes", quiet=True)
+    assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
+
+
 def test_finished_data_is_left_alone_and_other_requests_are_refused(source, prepared, tmp_path):
     before = contents(prepared)
     prepare(source, prepared, "bpe:300", **OPTIONS)
@@ -166,16 +187,33 @@ def test_overwrite_replaces_and_touches_nothing_else(source, prepared, tmp_path)
     assert (tmp_path / "mine.txt").read_text() == "mine"
 
 
-def test_a_source_that_changed_since_the_interruption_is_refused(source, tmp_path, monkeypatch):
-    copy, out = tmp_path / "copy.txt", tmp_path / "out"
-    copy.write_text(source.read_text())
+def test_a_request_that_failed_early_does_not_hold_the_folder(source, prepared, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(SplitWriter, "_put", lambda self, ids: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full")))
+        patch.setattr(module, "train_bpe", lambda texts, size: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            prepare(source, tmp_path, "bpe:400", **OPTIONS)
+    assert (tmp_path / "prepare.journal.json").exists()
+    prepare(source, tmp_path, "bpe:300", **OPTIONS)
+    assert contents(tmp_path) == contents(prepared)
+
+
+def test_a_source_that_changed_since_the_interruption_is_refused(source, tmp_path, monkeypatch, small_batches):
+    copy, out, left, put = tmp_path / "copy.txt", tmp_path / "out", [200], SplitWriter._put
+    copy.write_text(source.read_text())
+
+    def full(self, ids):
+        left[0] -= 1
+        if left[0] < 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        put(self, ids)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SplitWriter, "_put", full)
         with pytest.raises(CalmError):
-            prepare(copy, out, "bytes", quiet=True)
+            prepare(copy, out, "bytes", separator="<sep>", quiet=True)
     copy.write_text(source.read_text() + "!")
     with pytest.raises(UsageError, match="the source changed"):
-        prepare(copy, out, "bytes", quiet=True)
+        prepare(copy, out, "bytes", separator="<sep>", quiet=True)
 
 
 def test_few_documents_are_held_out_by_their_end(tmp_path):

@@ -23,7 +23,7 @@ from calm.errors import CalmError, UsageError
 from calm.text.corpus import Source, open_source
 from calm.text.progress import Progress
 from calm.text.shards import FORMAT, JOURNAL, Manifest, read_manifest
-from calm.text.splits import NAMES, Labelled, SplitPlan, describe, make_plan
+from calm.text.splits import NAMES, Labelled, SplitPlan, check_shares, describe, make_plan
 from calm.text.tokenizer import Tokenizer, bpe_size, load_tokenizer, require_same_tokenizer, train_bpe
 from calm.text.writer import SplitWriter, write_whole
 
@@ -82,6 +82,9 @@ def prepare(
     try:
         if shard_tokens < 1:
             raise UsageError(f"shard_tokens: need at least 1, got {shard_tokens}")
+        if bpe_size(tokenizer) is None:
+            load_tokenizer(tokenizer)  # a wrong path shows here, not after the source was read
+        check_shares(valid, test)
         opened = open_source(source, field=field, separator=separator)
         out.mkdir(parents=True, exist_ok=True)
         if overwrite:
@@ -161,12 +164,16 @@ class _Job:
     def _go_on(self) -> None:
         try:
             journal = json.loads((self.out / JOURNAL).read_text(encoding="utf-8"))
+            if "cursor" not in journal and (
+                journal["request"] != self.request or journal["state"] != _plain(self.journal["state"])
+            ):
+                return  # nothing was encoded yet: another request may take the folder
             self._require_same_request(journal["request"])
         except (ValueError, KeyError, TypeError) as error:
             if isinstance(error, UsageError):
                 raise
             raise UsageError(f"out {self.out / JOURNAL}: damaged; start over with --overwrite") from error
-        if journal["state"] != json.loads(json.dumps(self.source.state())):
+        if journal["state"] != _plain(self.journal["state"]):
             raise UsageError(f"out {self.out}: the source changed since the interrupted run; start over with --overwrite")
         self.journal = journal
         if "tokenizer" in journal:
@@ -342,6 +349,11 @@ def _batches(walk: Iterator[tuple[Cursor, list[Labelled]]]) -> Iterator[list[tup
             batch, size = [], 0
     if batch:
         yield batch
+
+
+def _plain(value: Any) -> Any:
+    """As JSON gives it back: tuples are lists."""
+    return json.loads(json.dumps(value))
 
 
 def _size(text: str) -> int:

@@ -48,16 +48,21 @@ class SplitPlan:
             split = ([name for edge, name in self.edges if edge <= position] or ["train"])[-1]
             coming = [edge - position for edge, _ in self.edges if position < edge < position + len(text)]
             cut = (text.find("\n", coming[0]) + 1 or coming[0]) if coming else len(text)
-            yield Labelled(split, text[:cut], last or cut < len(text))
+            yield Labelled(split, text[:cut], last)
             text, position = text[cut:], position + cut
             if not text:
                 return
 
 
-def make_plan(source: Source, valid: float, test: float, documents: int | None, characters: int | None) -> SplitPlan:
-    """The rule for a source, given how many train documents and characters it has (None: many, not counted)."""
+def check_shares(valid: float, test: float) -> None:
+    """Refuses shares that leave nothing to train on."""
     if not (valid >= 0 and test >= 0 and valid + test < 1):
         raise UsageError(f"held out: need valid >= 0, test >= 0 and valid + test < 1, got valid={valid:g}, test={test:g}")
+
+
+def make_plan(source: Source, valid: float, test: float, documents: int | None, characters: int | None) -> SplitPlan:
+    """The rule for a source, given how many train documents and characters it has (None: many, not counted)."""
+    check_shares(valid, test)
     if source.named:
         present = {part.split for part in source.parts}
         valid, test = (0.0 if "valid" in present else valid), 0.0

@@ -5,7 +5,6 @@ writer made from those counts cuts off whatever a killed run wrote behind them, 
 """
 
 import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -136,23 +135,17 @@ class SplitWriter:
                 os.replace(self._part, self._shard(self.tokens // self.shard_tokens - 1))
 
     def _cut_back(self) -> None:
-        """Brings the folder back to what the counts say."""
+        """Brings the folder back to what the counts say; a shard that was finished later will be written over."""
         full, rest = divmod(self.tokens, self.shard_tokens)
         present = self._shard(full)
         if present.exists():  # it was completed after the counts were taken
             os.replace(present, self._part)
-        for path in self._later(full):
-            path.unlink()
         if rest:
             _truncate(self._part, rest * self._dtype.itemsize)
         else:
             self._part.unlink(missing_ok=True)
         self._starts_path.touch()
         _truncate(self._starts_path, self.documents * 8)
-
-    def _later(self, full: int) -> Sequence[Path]:
-        names = {self._shard(index).name for index in range(full)}
-        return [path for path in self.folder.glob(f"{self.name}-*.bin") if path.name not in names]
 
     def _shard(self, index: int) -> Path:
         return self.folder / f"{self.name}-{index:05d}.bin"
