@@ -12,6 +12,7 @@ from jaxtyping import Float
 from calm.autoencoder import Autoencoder
 from calm.errors import UsageError
 from calm.interop.export import (
+    LATENT_LM,
     ModelCard,
     export_autoencoder,
     export_latent_lm,
@@ -40,7 +41,7 @@ def load(folder: str | Path, *, precision: Literal["auto", "float32", "bfloat16"
     chosen = choose_precision(precision)
     lm: LatentLM | None = None
     if (folder / "config.json").is_file():
-        if read_json(folder / "config.json").get("model_type") != "calm":
+        if read_json(folder / "config.json").get("model_type") != LATENT_LM:
             autoencoder, tokenizer = load_autoencoder(folder, chosen)
         else:
             autoencoder, lm = load_exported_autoencoder(folder, chosen), load_exported_latent_lm(folder, chosen)
