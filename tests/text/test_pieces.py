@@ -54,6 +54,11 @@ def test_blocks_do_not_show(text, sizes, separator):
         assert "".join(piece.text for piece in whole) == text
 
 
+def test_a_separator_that_is_still_being_read_is_not_cut():
+    blocks = ["x" * (2 * pieces.PIECE - 1) + "ab", ".yy"]
+    assert documents(cut_blocks(blocks, "ab.")) == [blocks[0][:-2], "yy"]
+
+
 @given(LETTERS)
 def test_a_separator_gives_its_documents_without_the_white_space_around(text):
     expected = [part.strip() for part in text.split("b.") if part.strip()]
