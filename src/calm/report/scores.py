@@ -143,7 +143,8 @@ def brier_table(reports: Sequence[BrierReport], *, markdown: bool = False) -> st
     for report in reports:
         cells = [*report.brier_n, *[None] * (orders - len(report.brier_n)), report.brier_lm]
         cells += [getattr(report, name) for _, name in optional]
-        rows.append([report.name, *map(interval_text, cells)])
+        # Three digits: Brier-4 of small models lies below 0.01.
+        rows.append([report.name, *(interval_text(cell, 3) for cell in cells)])
     # A model scored in closed form differs from a sampled one in its last words only: each line is printed once.
     below = list(dict.fromkeys(report.protocol.line() for report in reports))
     below += [f"{report.name}: {report.note}" for report in reports if report.note]
