@@ -110,8 +110,10 @@ def initialize_distributed(environment: Mapping[str, str] = os.environ) -> bool:
     """Joins the other hosts when the environment names them; to be called before anything asks JAX for its devices.
 
     JAX_COORDINATOR_ADDRESS with JAX_NUM_PROCESSES and JAX_PROCESS_ID, or a SLURM job of several tasks (which JAX reads itself).
-    Returns whether this process is one of several.
+    A second call does nothing. Returns whether this process is one of several.
     """
+    if jax.distributed.is_initialized():
+        return jax.process_count() > 1
     if address := environment.get("JAX_COORDINATOR_ADDRESS"):
         try:
             processes, process = (int(environment[name]) for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID"))

@@ -4,6 +4,9 @@ import dataclasses
 from pathlib import Path
 from typing import Literal
 
+import jax
+from jax.experimental import multihost_utils
+
 from calm.errors import UsageError
 from calm.nn.dense import Precision
 from calm.train.machine import MatrixRates, choose_precision, probe
@@ -83,6 +86,8 @@ def settle_precision(requested: str, folder: str | Path) -> tuple[Precision, Mat
     meta = RunFolder(folder, writes=False).read_meta()
     recorded = meta.get("matrix_rates")
     rates = MatrixRates(**recorded) if recorded else probe()
+    if jax.process_count() > 1:  # every host must come to the same choice, and each has measured something else
+        rates = MatrixRates(*map(float, multihost_utils.broadcast_one_to_all(tuple(rates))))
     if requested == "auto" and meta.get("precision"):
         return choose_precision(meta["precision"], rates), rates
     return choose_precision(requested, rates), rates
