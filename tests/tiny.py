@@ -7,7 +7,7 @@ import random
 from pathlib import Path
 from typing import Any
 
-TRAIN = "--train.steps 4 --train.batch-size 2 --train.num-tokens 64 --train.precision float32".split()
+TRAIN = "--train.steps 4 --train.batch-size 2 --train.num-tokens 192 --train.precision float32".split()
 AUTOENCODER = [*"--model.dim 16 --model.inner-dim 16 --model.latent-dim 8".split(), *TRAIN]
 BACKBONE = "--model.backbone.dim 16 --model.backbone.num-layers 2 --model.backbone.inner-dim 16".split()
 HEADS = "--model.backbone.num-heads 2 --model.backbone.num-kv-heads 2".split()

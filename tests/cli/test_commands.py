@@ -80,7 +80,7 @@ def test_unknown_presets_and_keys_are_named_with_the_nearest(tiny_runs, tmp_path
 
 def test_a_chunk_size_that_does_not_divide_the_block_is_refused(tiny_runs, tmp_path):
     words = ["train", "autoencoder", "--data", str(tiny_runs / "data"), "--out", str(tmp_path / "run"), *tiny.AUTOENCODER]
-    fails(2, "K=3", "64", words=[*words, "--model.chunk-size", "3"])
+    fails(2, "chunk_size 5", "192", words=[*words, "--model.chunk-size", "5"])
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
@@ -120,7 +120,7 @@ def test_missing_runs_and_checkpoints_are_named(tiny_runs, tmp_path):
 
 def test_prompts_that_do_not_fit_are_refused(tiny_runs, tmp_path):
     words = ["generate", str(tiny_runs / "lm"), "--max-tokens", "8"]
-    fails(2, "context", words=[*words, "--prompt", "x" * 500])
+    fails(2, "context", words=[*words, "--prompt", "x" * 999])
     fails(2, "temperature", words=[*words, "--temperature", "0.3"])
     fails(2, "nowhere.txt", words=[*words, "--prompt-file", str(tmp_path / "nowhere.txt")])
 

@@ -34,12 +34,11 @@ class Generate:
         from calm import bundle
 
         prompts = [*self.prompt, *self._from_file()] or [""]
-        stream = None
-        if len(prompts) == 1:
-            print(prompts[0], end="", flush=True)
+        pending = [prompts[0]]  # printed with the first chunk, so that a prompt that is refused leaves no output
 
-            def stream(text: str) -> None:
-                print(text, end="", flush=True)
+        def stream(text: str) -> None:
+            print(*pending, text, sep="", end="", flush=True)
+            pending.clear()
 
         result = bundle.load(self.folder).generate(
             prompts,
@@ -47,7 +46,7 @@ class Generate:
             temperature=self.temperature,
             candidates=self.candidates,
             seed=self.seed,
-            stream=stream,
+            stream=stream if len(prompts) == 1 else None,
         )
         if self.out is not None:
             texts = [prompt + text for prompt, text in zip(prompts, result["texts"], strict=True)]
