@@ -31,7 +31,7 @@ class ChunkCompression(nnx.Module):
         sizes = dict(use_bias=True, init_std=init_std, precision=precision, rngs=rngs)
         self.widen = Dense(chunk_size * dim, 2 * dim, **sizes)
         self.narrow = Dense(2 * dim, dim, **sizes)
-        self.norm = nnx.LayerNorm(dim, epsilon=1e-5, rngs=rngs)
+        self.norm = nnx.LayerNorm(dim, epsilon=1e-6, rngs=rngs)
 
     def __call__(self, chunks: Int[Array, "*b K"]) -> Float[Array, "*b D"]:
         embedded = self.embedding[...][chunks]
