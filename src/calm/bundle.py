@@ -25,11 +25,11 @@ from calm.rng import row_keys, stream
 from calm.sampling import Generated, from_temperature
 from calm.sampling import generate as generate_tokens
 from calm.sampling import stream as stream_tokens
-from calm.stages import LatentLMRun, load_autoencoder, load_lm, load_run_config, text_protocol, validation_blocks
+from calm.stages import LatentLMRun, load_autoencoder, load_lm, load_run_config, validation_blocks
 from calm.text.chunking import chunk_prompt
 from calm.text.shards import open_data
 from calm.text.tokenizer import Tokenizer, load_tokenizer, require_same_tokenizer
-from calm.train.evaluate import evaluate_autoencoder, evaluate_latent_lm, evaluate_ngrams
+from calm.train.evaluate import evaluate_autoencoder, evaluate_latent_lm, evaluate_ngrams, text_protocol
 from calm.train.machine import choose_precision
 
 DEFAULT_BLOCK_TOKENS = 1024
@@ -149,7 +149,7 @@ class Bundle:
         opened = open_data(data if data is not None else self.data)
         require_same_tokenizer(opened.tokenizer.fingerprint, self.tokenizer.fingerprint, f"model {self.folder}")
         blocks, documents = validation_blocks(opened, self.block_tokens, split, max_tokens)
-        text = text_protocol(opened, split, self.block_tokens, self.chunk_size, seed)
+        text = text_protocol(opened, split, block_tokens=self.block_tokens, chunk_size=self.chunk_size, seed=seed)
         key = stream(jax.random.key(seed), "evaluate")
         scores: dict[str, Any] = {
             "autoencoder": evaluate_autoencoder(self.autoencoder, blocks, documents, key, noise=noise, text=text)

@@ -21,7 +21,7 @@ from calm.text.batches import Batches, evaluation_blocks
 from calm.text.shards import Data, open_data
 from calm.text.tokenizer import Tokenizer, load_tokenizer, require_same_tokenizer
 from calm.train.checkpoint import load_parameters
-from calm.train.evaluate import evaluate_autoencoder, evaluate_latent_lm
+from calm.train.evaluate import evaluate_autoencoder, evaluate_latent_lm, text_protocol
 from calm.train.loop import TrainResult, train
 from calm.train.mesh import initialize_distributed
 from calm.train.objective import AutoencoderLossConfig, AutoencoderObjective, LatentLossConfig, LatentObjective
@@ -67,18 +67,16 @@ def train_autoencoder(run: AutoencoderRun, out: str | Path, resume: str = "auto"
     precision, rates = settle_precision(run.train.precision, out)
     objective = AutoencoderObjective(run.model, run.loss, mask_id=data.tokenizer.mask_id, precision=precision)
     blocks, documents = validation_blocks(data, run.train.num_tokens, "valid", MAX_VALIDATION_TOKENS)
-    text = text_protocol(data, "valid", run.train.num_tokens, run.model.chunk_size, run.train.seed)
+    text = _validation_protocol(run, data)
 
     def evaluate(params: Any, step: int) -> dict[str, float]:
-        report = evaluate_autoencoder(objective.module(params), blocks, documents, _evaluation_key(run), text=text)
-        noisy = {f"accuracy_sigma_{entry.sigma:g}": float(entry.tokens.estimate) for entry in report.noise}
-        return {
-            "accuracy": float(report.token_accuracy.estimate),
-            "chunk_accuracy": float(report.chunk_accuracy.estimate),
-            **noisy,
-        }
+        module = objective.module(params)
+        return evaluate_autoencoder(module, blocks, documents, _evaluation_key(run), text=text).scalars()
 
-    result = _train(objective, run, data, out, resume, precision, rates, quiet, evaluate=evaluate)
+    def attach() -> None:
+        data.tokenizer.save(Path(out) / "tokenizer.json")
+
+    result = _train(objective, run, data, out, resume, precision, rates, quiet, attach, evaluate=evaluate)
     export_autoencoder(objective.module(_best_parameters(out, objective)), Path(out) / "export")
     return {"run": str(out), "step": result.step, **result.metrics}
 
@@ -90,7 +88,8 @@ def train_lm(run: LatentLMRun, out: str | Path, resume: str = "auto", *, quiet: 
     if not run.autoencoder:
         raise UsageError("autoencoder: name the run folder of a trained autoencoder (`calm train autoencoder` makes one)")
     precision, rates = settle_precision(run.train.precision, out)
-    autoencoder, tokenizer = load_autoencoder(run.autoencoder, precision)
+    goes_on = any((Path(out) / "checkpoints").glob("*"))  # then with the autoencoder that it began with
+    autoencoder, tokenizer = load_autoencoder(out if goes_on else run.autoencoder, precision)
     if tokenizer is not None:
         require_same_tokenizer(data.tokenizer.fingerprint, tokenizer.fingerprint, f"autoencoder {run.autoencoder}")
     sizes = {name: getattr(autoencoder.config, name) for name in ("vocab_size", "chunk_size", "latent_dim")}
@@ -98,22 +97,21 @@ def train_lm(run: LatentLMRun, out: str | Path, resume: str = "auto", *, quiet: 
     context = _chunks(run.train.num_tokens, run.model.chunk_size)
     objective = LatentObjective(run.model, run.loss, autoencoder, context=context, precision=precision)
     blocks, documents = validation_blocks(data, run.train.num_tokens, "valid", MAX_VALIDATION_TOKENS)
-    text = text_protocol(data, "valid", run.train.num_tokens, run.model.chunk_size, run.train.seed)
+    text = _validation_protocol(run, data)
 
     def evaluate(params: Any, step: int) -> dict[str, float]:
-        lm = objective.module(params)
-        report = evaluate_latent_lm(autoencoder, lm, blocks, documents, _evaluation_key(run), text=text)
-        scores = {"energy": report.energy_loss, "brier_lm": report.brier_lm}
-        scores |= {f"brier_{n}": interval for n, interval in enumerate(report.brier_n, 1)}
-        return {name: float(interval.estimate) for name, interval in scores.items() if interval is not None}
+        module = objective.module(params)
+        return evaluate_latent_lm(autoencoder, module, blocks, documents, _evaluation_key(run), text=text).scalars()
 
     def sample(params: Any, step: int) -> str:
         return _samples(autoencoder, objective.module(params), data, run.train.num_tokens)
 
-    # The autoencoder is in place before the first checkpoint: a run folder is complete from the start.
-    if jax.process_index() == 0:
-        export_autoencoder(autoencoder, Path(out) / AUTOENCODER)
-    result = _train(objective, run, data, out, resume, precision, rates, quiet, evaluate=evaluate, sample=sample)
+    def attach() -> None:  # before the first checkpoint, so that a run folder is complete from the start
+        data.tokenizer.save(Path(out) / "tokenizer.json")
+        if not goes_on:
+            export_autoencoder(autoencoder, Path(out) / AUTOENCODER)
+
+    result = _train(objective, run, data, out, resume, precision, rates, quiet, attach, evaluate=evaluate, sample=sample)
     return {"run": str(out), "step": result.step, **result.metrics}
 
 
@@ -167,19 +165,6 @@ def validation_blocks(data: Data, num_tokens: int, split: str, max_tokens: int |
     return evaluation_blocks(data.split(split), num_tokens=num_tokens, max_blocks=blocks)
 
 
-def text_protocol(data: Data, split: str, num_tokens: int, chunk_size: int, seed: int = 0) -> TextProtocol:
-    """What is stamped on scores of this data."""
-    return TextProtocol(
-        dataset=str(data.manifest.source.get("name", "unnamed")),
-        sha256=str(data.manifest.source.get("sha256", "unknown")),
-        split=split,
-        tokenizer=data.tokenizer.fingerprint,
-        block_tokens=num_tokens,
-        chunk_size=chunk_size,
-        seed=seed,
-    )
-
-
 def _train(
     objective: Any,
     run: AutoencoderRun | LatentLMRun,
@@ -189,6 +174,7 @@ def _train(
     precision: Precision,
     rates: Any,
     quiet: bool,
+    attach: Callable[[], None],
     *,
     evaluate: Callable[[Any, int], dict[str, float]],
     sample: Callable[[Any, int], str] | None = None,
@@ -205,10 +191,6 @@ def _train(
         host_index=jax.process_index(),
         host_count=jax.process_count(),
     )
-    folder = Path(out)
-    if jax.process_index() == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-        data.tokenizer.save(folder / "tokenizer.json")
     facts = {
         "tokenizer": data.tokenizer.fingerprint,
         "data": {"source": data.manifest.source, "splits": {k: v["tokens"] for k, v in data.manifest.splits.items()}},
@@ -218,8 +200,9 @@ def _train(
         objective,
         batches,
         run.train,
-        folder,
+        out,
         config_text=configuration.to_toml(run),
+        attach=attach,
         evaluate=evaluate,
         sample=sample,
         resume=resume,
@@ -262,6 +245,11 @@ def _chunks(num_tokens: int, chunk_size: int) -> int:
     if num_tokens % chunk_size or num_tokens < 2 * chunk_size:
         raise UsageError(f"chunk size K={chunk_size} must divide train.num_tokens={num_tokens} at least twice")
     return num_tokens // chunk_size
+
+
+def _validation_protocol(run: AutoencoderRun | LatentLMRun, data: Data) -> TextProtocol:
+    sizes = dict(block_tokens=run.train.num_tokens, chunk_size=run.model.chunk_size)
+    return text_protocol(data, "valid", **sizes, seed=run.train.seed)
 
 
 def _evaluation_key(run: AutoencoderRun | LatentLMRun) -> Any:

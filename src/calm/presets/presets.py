@@ -79,7 +79,7 @@ def _small(
             optimizer=_cosine(6e-3 if width <= 128 else 4e-3, min(100, autoencoder_steps // 5), weight_decay=0.01),
             evaluate_every=max(1, autoencoder_steps // 4),
             save_every=max(1, autoencoder_steps // 4),
-            best_metric="valid/accuracy",
+            best_metric="valid/token_accuracy",
             best_is="highest",
         ),
     )

@@ -13,7 +13,7 @@ What can happen to a long run, and what then happens here:
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,7 @@ def train(
     folder: str | Path,
     *,
     config_text: str,
+    attach: Callable[[], None] | None = None,
     evaluate: Evaluate | None = None,
     sample: Sample | None = None,
     trackers: Sequence[Tracker] = (),
@@ -66,6 +67,7 @@ def train(
     Args:
         batches: this host's rows of each global batch; its position is saved and restored with the parameters.
         config_text: the resolved configuration as TOML, written to config.toml: what a later start must match.
+        attach: writes what else belongs into the folder; called on the first host, once the folder is known to be this run's.
         evaluate: (parameters, step) -> scores, recorded as "valid/NAME" unless the name has a slash.
         sample: (parameters, step) -> text, written to samples/STEP.txt.
         trackers: besides those named in `config.trackers`.
@@ -88,6 +90,8 @@ def train(
         session = Session(train_step, batches, config, run, progress, meter, trackers)
         try:
             start, leaves = session.begin(how, config_text, meta)
+            if attach and run.writes:
+                attach()
             for step in range(start, config.steps + 1):  # one turn more than steps: the last state is saved and evaluated
                 last = step == config.steps
                 if stop.requested(step):
