@@ -12,10 +12,13 @@ from calm.nn.rotary import rotate
 
 
 class AttentionState(NamedTuple):
-    """Keys and values of the positions read so far, preallocated to the context P."""
+    """Keys and values of the positions read so far, preallocated to the context P.
 
-    keys: Float[Array, "B P G C"]
-    values: Float[Array, "B P G C"]
+    Heads stand before positions, as the products want them: the other order would be transposed at every step.
+    """
+
+    keys: Float[Array, "B G P C"]
+    values: Float[Array, "B G P C"]
 
 
 class Window(NamedTuple):
@@ -62,7 +65,10 @@ class CausalAttention(nnx.Module):
         self.out = Dense(num_heads * self.head_dim, dim, init_std=init_std, precision=precision, rngs=rngs)
 
     def init_state(self, batch: int, context: int) -> AttentionState:
-        zeros = operand(jnp.zeros((batch, context, self.num_kv_heads, self.head_dim)), self.precision)
+        # On CPU a bfloat16 state is rewritten as a whole at every step and widened again for the products: it is kept in
+        # float32, holding rounded values.
+        dtype = jnp.bfloat16 if self.precision == "bfloat16" and jax.default_backend() != "cpu" else jnp.float32
+        zeros = jnp.zeros((batch, self.num_kv_heads, context, self.head_dim), dtype)
         return AttentionState(zeros, zeros)
 
     def __call__(
@@ -77,10 +83,12 @@ class CausalAttention(nnx.Module):
         key = operand(rotate(key, positions, self.rope_theta), self.precision)
         value = operand(value, self.precision)
         if state is not None:
-            at = (0, window.offset, 0, 0)
-            key = jax.lax.dynamic_update_slice(state.keys, key, at)
-            value = jax.lax.dynamic_update_slice(state.values, value, at)
-            state = AttentionState(key, value)
+            at = (0, 0, window.offset, 0)
+            state = AttentionState(
+                jax.lax.dynamic_update_slice(state.keys, key.swapaxes(1, 2).astype(state.keys.dtype), at),
+                jax.lax.dynamic_update_slice(state.values, value.swapaxes(1, 2).astype(state.values.dtype), at),
+            )
+            query, key, value = query.astype(state.keys.dtype), state.keys.swapaxes(1, 2), state.values.swapaxes(1, 2)
         mixed = jax.nn.dot_product_attention(query, key, value, mask=window.mask(length, key.shape[1]))
         return self.out(mixed.astype(jnp.float32).reshape(batch, length, -1)), state
 

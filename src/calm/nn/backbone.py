@@ -54,11 +54,12 @@ class BackboneConfig:
 class BackboneState(NamedTuple):
     """All that a sequence leaves behind: a pytree of fixed shape that can be saved, copied and rewound.
 
-    `window.offset` counts the positions read; `layers` holds each layer's state with a leading layer axis.
+    `window.offset` counts the positions read; `layers` holds each layer's state with a leading layer axis, or, for layers taken
+    apart (`calm.nn.unrolled`), one state per layer.
     """
 
     window: Window
-    layers: AttentionState
+    layers: AttentionState | tuple[AttentionState, ...]
 
 
 class Block(nnx.Module):

@@ -1,0 +1,207 @@
+"""Continue prompts: in one compiled call, or chunk by chunk as they come."""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from calm.autoencoder.autoencoder import Autoencoder
+from calm.errors import UsageError
+from calm.models.latent_lm import LatentLM
+from calm.sampling import steps
+from calm.sampling.steps import DECODINGS, Model, Progress, Recipe, Weights
+from calm.sampling.temperature import PlainSampler, Sampler
+from calm.text.chunking import chunk_prompt, pad_prompts
+
+PLAIN = PlainSampler()
+LENGTH_STEP = 16  # sequence lengths are rounded up to multiples of it, so that few shapes are compiled
+
+
+@runtime_checkable
+class HasSpecialIds(Protocol):
+    """A tokenizer, as far as generation needs it."""
+
+    begin_id: int
+    end_id: int
+    mask_id: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SpecialIds:
+    """The ids that mean something to generation; a tokenizer does as well."""
+
+    begin_id: int
+    end_id: int
+    mask_id: int
+
+
+class Generated(NamedTuple):
+    """Continuations, and how they came about."""
+
+    tokens: Int[np.ndarray, "B T"]
+    """the prompt not included; after a row's end, end ids"""
+    lengths: Int[np.ndarray, "B"]
+    """tokens of each row before its end token, or before the limit"""
+    ended: Bool[np.ndarray, "B"]
+    """rows that wrote an end token; the others were cut at the limit"""
+    fallback_share: Float[np.ndarray, "B"]
+    """share of a row's steps in which no chunk was drawn n times (see `BatchTemperature`)"""
+    draws: Int[np.ndarray, "B"]
+    """chunks drawn from the model for each row"""
+    decoding: str
+
+
+def generate(
+    autoencoder: Autoencoder,
+    lm: LatentLM,
+    prompts: Sequence[Int[np.ndarray, "_"] | Sequence[int]],
+    keys: Array,
+    *,
+    special: HasSpecialIds,
+    max_tokens: int,
+    sampler: Sampler = PLAIN,
+    decoding: str = "argmax",
+    context: int | None = None,
+) -> Generated:
+    """Continues B prompts of any lengths by up to `max_tokens` tokens, in one compiled call without a word to the host.
+
+    `prompts` are token ids, possibly none; the end of a prompt is a chunk boundary and its first T mod K tokens form a chunk
+    filled from the left with begin ids. `keys` `[B]` has one random key a row (`calm.rng.row_keys`): in float32 a row gives the
+    same tokens in any batch, at any padding, as alone. A row stops at its first end token; the loop stops with its last row.
+    The begin and mask ids are never written. `decoding` is how a latent becomes tokens: the decoder's "argmax", or "drawn" from
+    its softmax at every place. `context` is the most chunks that prompt and continuation may have together, usually those of a
+    training sequence; none = no limit.
+
+    Raises UsageError for prompts that do not fit. CALM (arXiv:2510.27688) pads the last chunk of a prompt and takes prompts of
+    equal length only.
+    """
+    job = _plan(autoencoder, lm, prompts, keys, special, max_tokens, sampler, decoding, context)
+    progress, chunks = steps.run(
+        job.recipe, job.model, job.weights, keys, job.chunks, job.starts, job.capacity, jnp.int32(job.num_steps)
+    )
+    batch, chunk_size = job.chunks.shape[0], job.chunks.shape[2]
+    tokens = np.asarray(chunks[: job.num_steps]).swapaxes(0, 1).reshape(batch, job.num_steps * chunk_size)[:, :max_tokens]
+    return _report(progress, tokens, sampler, decoding)
+
+
+def stream(
+    autoencoder: Autoencoder,
+    lm: LatentLM,
+    prompts: Sequence[Int[np.ndarray, "_"] | Sequence[int]],
+    keys: Array,
+    *,
+    special: HasSpecialIds,
+    max_tokens: int,
+    sampler: Sampler = PLAIN,
+    decoding: str = "argmax",
+    context: int | None = None,
+) -> Iterator[Int[np.ndarray, "B K"]]:
+    """The tokens of `generate`, yielded chunk by chunk as they come; the last chunk may be cut by `max_tokens`.
+
+    Rows that have ended yield end ids. The generator returns the `Generated` of the whole (`result = yield from stream(...)`).
+    Arguments are checked when the first chunk is asked for.
+    """
+    job = _plan(autoencoder, lm, prompts, keys, special, max_tokens, sampler, decoding, context)
+    progress = steps.prefill(job.model, job.chunks, job.starts, job.capacity)
+    chunks: list[np.ndarray] = []
+    for step in range(job.num_steps):
+        progress, chunk = steps.step(job.recipe, job.weights, keys, progress)
+        chunks.append(np.asarray(chunk)[:, : max_tokens - step * chunk.shape[1]])
+        yield chunks[-1]
+        if np.asarray(progress.ended).all():
+            break
+    tokens = np.concatenate(chunks, axis=1)
+    missing = ((0, 0), (0, max_tokens - tokens.shape[1]))
+    return _report(progress, np.pad(tokens, missing, constant_values=special.end_id), sampler, decoding)
+
+
+class _Job(NamedTuple):
+    recipe: Recipe
+    model: Model
+    weights: Weights
+    chunks: Int[Array, "B N K"]
+    starts: Int[Array, "B"]
+    capacity: int
+    num_steps: int
+
+
+def _plan(
+    autoencoder: Autoencoder,
+    lm: LatentLM,
+    prompts: Sequence[Int[np.ndarray, "_"] | Sequence[int]],
+    keys: Array,
+    special: HasSpecialIds,
+    max_tokens: int,
+    sampler: Sampler,
+    decoding: str,
+    context: int | None,
+) -> _Job:
+    """Checks the arguments and lays the prompts out."""
+    chunk_size, vocab_size = lm.config.chunk_size, lm.config.vocab_size
+    for name in ("chunk_size", "vocab_size", "latent_dim"):
+        ours, theirs = getattr(lm.config, name), getattr(autoencoder.config, name)
+        if ours != theirs:
+            raise UsageError(
+                f"the language model has {name}={ours} and the autoencoder {theirs}: they were not trained together"
+            )
+    if not prompts:
+        raise UsageError("no prompts: give at least one; an empty one is unconditional")
+    if max_tokens < 1:
+        raise UsageError(f"max_tokens must be at least 1, got {max_tokens}")
+    if keys.shape[0] != len(prompts):
+        raise UsageError(f"{keys.shape[0]} keys for {len(prompts)} prompts: give one key a row (calm.rng.row_keys)")
+    if decoding not in DECODINGS:
+        raise UsageError(f"unknown decoding {decoding!r}; choose {' or '.join(DECODINGS)}")
+
+    arrays = [np.asarray(prompt, np.int32).reshape(-1) for prompt in prompts]
+    num_steps = -(-max_tokens // chunk_size)
+    for row, ids in enumerate(arrays):
+        if ids.size and not 0 <= ids.min() <= ids.max() < vocab_size:
+            wrong = ids[(ids < 0) | (ids >= vocab_size)][0]
+            raise UsageError(f"prompt {row}: token id {wrong} is outside the vocabulary of {vocab_size}")
+        length = len(chunk_prompt(ids, chunk_size, special.begin_id))
+        if context is not None and length > context:
+            raise UsageError(f"prompt {row} has {length} chunks of {chunk_size} tokens, more than the context of {context}")
+        if context is not None and length + num_steps > context:
+            room = max(0, context - length) * chunk_size
+            raise UsageError(
+                f"prompt {row} has {length} chunks of {chunk_size} tokens and leaves room for {room} more tokens in the "
+                f"context of {context} chunks: max_tokens={max_tokens} is too many"
+            )
+
+    chunks, starts = pad_prompts(arrays, chunk_size, special.begin_id)
+    extra = _rounded(chunks.shape[1]) - chunks.shape[1]
+    chunks = np.pad(chunks, ((0, 0), (extra, 0), (0, 0)), constant_values=special.begin_id)
+    allowed = np.delete(np.arange(vocab_size, dtype=np.int32), [special.begin_id, special.mask_id])
+    model = Model(*nnx.split(lm))
+    return _Job(
+        recipe=Recipe(sampler=sampler, decoding=decoding),
+        model=model,
+        weights=steps.prepare(Model(*nnx.split(autoencoder)), model, jnp.asarray(allowed), jnp.int32(special.end_id)),
+        chunks=jnp.asarray(chunks, jnp.int32),
+        starts=jnp.asarray(starts + extra, jnp.int32),
+        capacity=chunks.shape[1] + _rounded(num_steps) - 1,
+        num_steps=num_steps,
+    )
+
+
+def _rounded(length: int) -> int:
+    return -(-length // LENGTH_STEP) * LENGTH_STEP
+
+
+def _report(progress: Progress, tokens: np.ndarray, sampler: Sampler, decoding: str) -> Generated:
+    made, fallbacks, lengths, ended = jax.device_get((progress.steps, progress.fallbacks, progress.lengths, progress.ended))
+    limit = tokens.shape[1]
+    return Generated(
+        tokens=tokens,
+        lengths=np.minimum(lengths, limit),
+        ended=ended & (lengths < limit),
+        fallback_share=fallbacks / np.maximum(made, 1),
+        draws=made * sampler.num_candidates,
+        decoding=decoding,
+    )
