@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 from calm.autoencoder import Autoencoder, AutoencoderConfig
 from calm.errors import UsageError
 from calm.heads import ChunkPredictor
-from calm.losses import FIDELITIES, Fidelity, clipped_kl, energy_loss, fused_cross_entropy
+from calm.losses import Fidelity, clipped_kl, energy_loss, fused_cross_entropy
 from calm.models import LatentLM, LatentLMConfig
 from calm.nn.dense import Precision, dense_flops
 from calm.rng import PRNGKey, stream
@@ -117,8 +117,6 @@ class LatentLossConfig:
             raise UsageError(f"loss: num_draws must be at least 1, got {self.num_draws}")
         if not 0 < self.alpha < 2:
             raise UsageError(f"loss: alpha must lie in (0, 2), got {self.alpha}")
-        if self.fidelity not in FIDELITIES:
-            raise UsageError(f"loss: unknown fidelity {self.fidelity!r}; choose one of {', '.join(FIDELITIES)}")
         if min(self.energy_weight, self.auxiliary_weight, self.auxiliary_decay_steps) < 0:
             raise UsageError("loss: weights and auxiliary_decay_steps must not be negative")
 
