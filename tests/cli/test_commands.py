@@ -19,7 +19,7 @@ def test_a_run_folder_holds_what_alone_reproduces_it(tiny_runs, tmp_path):
     assert run == load_run_config(lm) and run.train.steps == 4 and run.model.vocab_size == 259
     again = tiny.run("train", "lm", "--config", str(lm / "config.toml"), "--out", str(tmp_path / "again"))
     first = json.loads((lm / "metrics.jsonl").read_text().splitlines()[-1])
-    assert again["valid/energy"] == first["valid/energy"]
+    assert again["valid/energy_loss"] == first["valid/energy_loss"]
 
 
 def test_evaluate_scores_both_stages_beside_the_baselines(tiny_runs, tmp_path):
