@@ -98,6 +98,14 @@ def test_a_share_of_rows_starts_at_a_document_behind_one_to_k_begins(split):
     assert not (np.concatenate([batches(split, document_starts=0.0)[step] for step in range(20)]) == BEGIN).any()
 
 
+def test_one_long_document_is_not_begun_again_and_again(split, monkeypatch):
+    monkeypatch.setitem(split.__dict__, "documents", np.zeros(1, np.uint64))
+    drawn = batches(split, document_starts=0.5)
+    rows = np.concatenate([drawn[step] for step in range(200)])
+    windows = split.num_tokens // rows.shape[1]
+    assert 0.3 / windows < ((rows == BEGIN).any(1)).mean() < 2 / windows
+
+
 @pytest.mark.parametrize(
     ("changes", "word"),
     [

@@ -25,7 +25,8 @@ class Batches:
       batch_size: rows of the global batch. With several hosts each gets its batch_size / host_count of them, in order: the
         hosts' arrays, stacked, are what one host would get.
       chunk_size, begin_id: K and the id in front of a document start.
-      document_starts: share of the rows that start at a document, drawn evenly from all documents.
+      document_starts: share of the rows that start at a document, drawn evenly from all documents; less where the
+        documents are few, so that none is drawn more than about once in an epoch.
 
     Raises UsageError: the split is shorter than one row, or the sizes do not divide.
     """
@@ -56,7 +57,8 @@ class Batches:
         _require_length(split, num_tokens)
         self._split, self._batch_size, self._num_tokens = split, batch_size, num_tokens
         self._chunk_size, self._begin_id, self._seed = chunk_size, begin_id, seed
-        self._document_starts = document_starts
+        # One long file is one document: a tenth of the rows would be its first page, again and again.
+        self._document_starts = min(document_starts, len(split.documents) / (split.num_tokens // num_tokens))
         rows = batch_size // host_count
         self._rows = range(host_index * rows, (host_index + 1) * rows)
         self._windows = split.num_tokens // num_tokens
