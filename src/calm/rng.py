@@ -18,5 +18,5 @@ def stream(key: PRNGKey, name: str, step: int | Int[Array, ""] = 0) -> PRNGKey:
 
 
 def row_keys(key: PRNGKey, rows: int) -> Key[Array, "B"]:
-    """One key a row. Row i gets the same key in every batch that holds it as row i, and alone as row 0 of `row_keys(key, 1)`."""
+    """One key a row, by its number: row i has the same key whatever the size of the batch."""
     return jax.vmap(lambda row: jax.random.fold_in(key, row))(jax.numpy.arange(rows))

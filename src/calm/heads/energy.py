@@ -43,7 +43,7 @@ class EnergyHeadConfig:
 def over_samples(x: Float[Array, "R D"], num_samples: int) -> Float[Array, "S R D"]:
     """Repeats `x` for every sample; the gradient adds the S slices one after the other.
 
-    XLA's CPU reduction over a small leading axis is 40 times slower than S - 1 additions (docs/log.md).
+    XLA's CPU reduction over a small leading axis is tens of times slower than S - 1 additions (docs/log.md).
     """
     return jnp.broadcast_to(x, (num_samples, *x.shape))
 

@@ -25,7 +25,7 @@ class ChunkCompression(nnx.Module):
         precision: Precision,
         rngs: nnx.Rngs,
     ):
-        # Rows of unit variance would drown in nothing here (a linear map follows), so the table takes the fan-in of one token.
+        # A linear map follows, so the scale matters little; rows of about unit length are the fan-in of one token.
         std = dim**-0.5 if init_std is None else init_std
         self.embedding = nnx.Param(std * jax.random.normal(rngs.params(), (vocab_size, dim), jnp.float32))
         sizes = dict(use_bias=True, init_std=init_std, precision=precision, rngs=rngs)

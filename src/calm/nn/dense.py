@@ -5,7 +5,7 @@ float32; weights, activations between layers and optimiser state stay float32. O
 twice as fast, and the result is never stored in bfloat16, which costs precision and, on CPU, time.
 
 The backward pass is written out, because on CPU the weight gradient x^T g is the slow product: both operands are walked against
-their layout. Asking for the transpose of x in memory first, then a plain product, measured 1.7 to 2.2 times faster
+their layout. Asking for the transpose of x in memory first, then a plain product, measured about twice as fast
 (docs/log.md). Elsewhere the compiler chooses.
 """
 

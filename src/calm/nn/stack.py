@@ -10,7 +10,7 @@ from flax import nnx
 class Stack(nnx.Module):
     """`length` copies of a layer, each with its own weights, held as one layer whose arrays have a leading layer axis.
 
-    A model of a few stacked arrays costs a tenth of the dispatch time of one with an array per layer and weight, and compiles
+    A model of a few stacked arrays costs a fifth of the dispatch time of one with an array per layer and weight, and compiles
     in the time of one layer (measured: docs/log.md).
     """
 
