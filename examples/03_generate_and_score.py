@@ -21,7 +21,7 @@ arguments = parser.parse_args()
 model = calm.load(arguments.run, precision="auto")
 
 # Temperature without likelihoods: at T = 1/n, chunks are chosen that were drawn n times among the candidates.
-for temperature in ("1", "1/2", "1/4"):
+for temperature in ("1", "1/2"):
     result = model.generate(
         arguments.prompt,
         max_tokens=arguments.max_tokens,
