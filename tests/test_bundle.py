@@ -61,6 +61,14 @@ def test_scores_carry_their_protocol(model):
     assert json.dumps(report)
 
 
+def test_an_export_keeps_what_it_takes_to_score_it(model, tiny_runs, tmp_path):
+    model.export(tmp_path / "export")
+    again = calm.load(tmp_path / "export")
+    assert again.block_tokens == model.block_tokens == 192
+    first, second = (m.evaluate(tiny_runs / "data", max_tokens=400)["lm"].brier_n for m in (model, again))
+    assert first == second
+
+
 def test_a_stage_goes_on_to_the_bit(tiny_runs, tmp_path):
     run = load_run_config(tiny_runs / "lm")
     loss = dataclasses.replace(run.loss, auxiliary_weight=1.0)

@@ -41,13 +41,14 @@ def load(folder: str | Path, *, precision: Literal["auto", "float32", "bfloat16"
     chosen = choose_precision(precision)
     lm: LatentLM | None = None
     if (folder / "config.json").is_file():
-        if read_json(folder / "config.json").get("model_type") != LATENT_LM:
+        description = read_json(folder / "config.json")
+        if description.get("model_type") != LATENT_LM:
             autoencoder, tokenizer = load_autoencoder(folder, chosen)
         else:
             autoencoder, lm = load_exported_autoencoder(folder, chosen), load_exported_latent_lm(folder, chosen)
             path = folder / "tokenizer.json"
             tokenizer = load_tokenizer(path) if path.is_file() else None
-        data, block_tokens = "", DEFAULT_BLOCK_TOKENS
+        data, block_tokens = "", int(description.get("block_tokens", DEFAULT_BLOCK_TOKENS))
     else:
         run = load_run_config(folder)
         data, block_tokens = run.data, run.train.num_tokens
@@ -178,7 +179,7 @@ class Bundle:
             export_autoencoder(self.autoencoder, folder)
             self.tokenizer.save(Path(folder) / "tokenizer.json")
             return
-        export_latent_lm(self.lm, self.autoencoder, folder, card=card)
+        export_latent_lm(self.lm, self.autoencoder, folder, card=card, block_tokens=self.block_tokens)
         self.tokenizer.save(Path(folder) / "tokenizer.json")
 
     @property

@@ -79,7 +79,8 @@ def _continue(model: bundle.Bundle, data: str, seed: int) -> list[dict[str, str]
     starts = [int(start) for start in valid.documents[:3]] or [0]
     starts += [valid.num_tokens * i // 4 for i in range(1, 4 - len(starts))]  # few documents: from the middle of them
     prompts = [model.tokenizer.decode(valid.read(start, min(16, valid.num_tokens - start))) for start in starts]
-    texts = model.generate(prompts, max_tokens=48, temperature="1/2", candidates=200, seed=seed)["texts"]
+    max_tokens = min(48, model.block_tokens - 24)  # a short context still holds the prompt and its first chunk
+    texts = model.generate(prompts, max_tokens=max_tokens, temperature="1/2", candidates=200, seed=seed)["texts"]
     return [{"prompt": prompt, "continuation": text} for prompt, text in zip(prompts, texts, strict=True)]
 
 

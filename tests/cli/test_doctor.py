@@ -1,9 +1,10 @@
 """The doctor says what is there, what is missing and how to get it, and does not die of what it finds."""
 
 import json
+import os
 
 from calm import cli
-from calm.cli import doctor
+from calm.cli import allocator, doctor
 
 
 def test_the_report_covers_machine_packages_extras_and_disk(capsys, tmp_path):
@@ -39,3 +40,21 @@ def test_the_allocator_is_advised_only_where_it_is_not_set(monkeypatch):
     monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")
     assert doctor.advice(report) == []
     assert "2 GB" in doctor.advice(report | {"disk": {"free_bytes": 10**9}})[0]
+
+
+def test_heavy_commands_start_themselves_again_with_huge_pages_once(monkeypatch):
+    calls = []
+    monkeypatch.setattr(allocator.os, "execv", lambda *words: calls.append(words))
+    monkeypatch.setattr(allocator.sys, "platform", "linux")
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.check=0")
+    allocator.restart_with_huge_pages()
+    assert calls == [(allocator.sys.executable, allocator.sys.orig_argv)]
+    assert os.environ["GLIBC_TUNABLES"] == "glibc.malloc.check=0:glibc.malloc.hugetlb=1"
+    allocator.restart_with_huge_pages()
+    monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.hugetlb=0")
+    allocator.restart_with_huge_pages()
+    monkeypatch.delenv("GLIBC_TUNABLES")
+    monkeypatch.setenv("JAX_PLATFORMS", "cuda")
+    allocator.restart_with_huge_pages()
+    assert len(calls) == 1

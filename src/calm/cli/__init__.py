@@ -19,6 +19,7 @@ import traceback
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from calm.cli.allocator import restart_with_huge_pages
 from calm.config import suggestion
 from calm.errors import CalmError, UsageError
 
@@ -61,6 +62,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not words and (not rest or rest[0] in ("-h", "--help")):
         print(help_page())
         return 0
+    if argv is None and words.split(" ")[0] in ("quickstart", "train", "evaluate"):  # a process of its own, and heavy work
+        restart_with_huge_pages()
     as_json = "--json" in rest
     verbose = bool({"-v", "--verbose"} & set(rest)) or os.environ.get("CALM_DEBUG", "") not in ("", "0")
     try:

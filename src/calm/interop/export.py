@@ -60,10 +60,13 @@ def export_latent_lm(
     folder: str | Path,
     tokenizer_path: str | Path | None = None,
     card: ModelCard | None = None,
+    *,
+    block_tokens: int | None = None,
 ) -> None:
     """Writes the language model, its autoencoder in `folder/autoencoder`, the tokenizer's file and the model card.
 
-    `folder` is made if it is missing. An earlier export in it is replaced; a config.json of another program is not.
+    `block_tokens` is the length of a training sequence, if known. `folder` is made if it is missing. An earlier export in it
+    is replaced; a config.json of another program is not.
     """
     folder, config = Path(folder), lm.config
     for name in ("vocab_size", "chunk_size", "latent_dim"):
@@ -73,6 +76,8 @@ def export_latent_lm(
     if tokenizer_path is not None and not Path(tokenizer_path).is_file():
         raise UsageError(f"{tokenizer_path}: no such tokenizer file")
     description = _description(LATENT_LM, config, autoencoder.config) | {"autoencoder": AUTOENCODER_FOLDER}
+    if block_tokens is not None:
+        description["block_tokens"] = block_tokens
     files: dict[str, Writer] = {CONFIG: _json(description), WEIGHTS: _weights(lm)}
     files[CARD] = _text(_card(card or ModelCard(), lm, autoencoder))
     if tokenizer_path is not None:
