@@ -8,9 +8,13 @@ import numpy as np
 import pytest
 
 import calm
+import tiny
 from calm.errors import UsageError
-from calm.stages import load_run_config, train_lm
+from calm.models.ngram import fit_ngrams
+from calm.stages import load_run_config, train_lm, validation_blocks
+from calm.text.shards import open_data
 from calm.train.checkpoint import load_parameters
+from calm.train.evaluate import score_ngram
 from calm.train.objective import LatentObjective
 
 
@@ -59,6 +63,26 @@ def test_scores_carry_their_protocol(model):
     report = scores["lm"].to_dict()
     assert report["protocol"]["chunk_size"] == 4 and report["protocol"]["tokenizer"] == model.tokenizer.fingerprint
     assert json.dumps(report)
+
+
+def test_baselines_are_fitted_on_what_the_model_was_trained_on(model, tiny_runs, tmp_path):
+    tokenizer = str(tiny_runs / "data" / "tokenizer.json")
+    tiny.write_corpus(tmp_path / "text", seed=5)
+    tiny.run("data", "prepare", "--source", str(tmp_path / "text"), "--out", str(tmp_path / "data"), "--tokenizer", tokenizer)
+    there = model.evaluate(tmp_path / "data", split="train", max_tokens=400)
+    foreign = dataclasses.replace(model, data="").evaluate(tmp_path / "data", split="train", max_tokens=400)
+    assert there["lm"].brier_n == foreign["lm"].brier_n
+    fitted = {
+        folder: fit_ngrams(open_data(folder / "data").split("train"), model.tokenizer.vocab_size)[1]
+        for folder in (tiny_runs, tmp_path)
+    }
+    blocks, documents = validation_blocks(open_data(tmp_path / "data"), model.block_tokens, "train", 400)
+    for scores, folder in ((there, tiny_runs), (foreign, tmp_path)):
+        expected = score_ngram(fitted[folder], blocks, documents, chunk_size=4).scalars()
+        assert scores["bigram"].scalars() == expected
+    assert there["bigram"].scalars() != foreign["bigram"].scalars()
+    with pytest.raises(UsageError, match="does not know what it was trained on"):
+        dataclasses.replace(model, data="").evaluate()
 
 
 def test_an_export_keeps_what_it_takes_to_score_it(model, tiny_runs, tmp_path):

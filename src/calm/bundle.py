@@ -27,7 +27,7 @@ from calm.sampling import generate as generate_tokens
 from calm.sampling import stream as stream_tokens
 from calm.stages import LatentLMRun, load_autoencoder, load_lm, load_run_config, validation_blocks
 from calm.text.chunking import chunk_prompt
-from calm.text.shards import open_data
+from calm.text.shards import Data, open_data
 from calm.text.tokenizer import Tokenizer, load_tokenizer, require_same_tokenizer
 from calm.train.evaluate import evaluate_autoencoder, evaluate_latent_lm, evaluate_ngrams, text_protocol
 from calm.train.machine import choose_precision
@@ -144,9 +144,12 @@ class Bundle:
     ) -> dict[str, Any]:
         """Held-out scores: reconstruction of the autoencoder and, with a language model, BrierLM beside n-gram baselines.
 
-        `data` is a folder of prepared data, by default the one trained on; its tokenizer must be this model's. The entries
-        `autoencoder`, `lm`, `unigram` and `bigram` are report objects (`calm.report.scores`).
+        `data` is a folder of prepared data, by default the one trained on; its tokenizer must be this model's. The n-gram
+        models are fitted on what the model was trained on, where that is still at hand, else on the train split of `data`.
+        The entries `autoencoder`, `lm`, `unigram` and `bigram` are report objects (`calm.report.scores`).
         """
+        if data is None and not self.data:
+            raise UsageError("data: name a folder of prepared data; an exported model does not know what it was trained on")
         opened = open_data(data if data is not None else self.data)
         require_same_tokenizer(opened.tokenizer.fingerprint, self.tokenizer.fingerprint, f"model {self.folder}")
         blocks, documents = validation_blocks(opened, self.block_tokens, split, max_tokens)
@@ -168,9 +171,8 @@ class Bundle:
                 name="CALM",
             )
             vocab_size = self.tokenizer.vocab_size
-            scores |= evaluate_ngrams(
-                opened.split("train"), vocab_size, blocks, documents, chunk_size=self.chunk_size, text=text
-            )
+            train = self._training_data(opened).split("train")
+            scores |= evaluate_ngrams(train, vocab_size, blocks, documents, chunk_size=self.chunk_size, text=text)
         return scores
 
     def export(self, folder: str | Path, card: ModelCard | None = None) -> None:
@@ -185,6 +187,9 @@ class Bundle:
     @property
     def chunk_size(self) -> int:
         return self.autoencoder.config.chunk_size
+
+    def _training_data(self, otherwise: Data) -> Data:
+        return open_data(self.data) if self.data and (Path(self.data) / "manifest.json").is_file() else otherwise
 
     def _require_lm(self) -> LatentLM:
         if self.lm is None:

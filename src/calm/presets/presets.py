@@ -150,7 +150,7 @@ _PRESETS = {
         ),
         _small(
             "wikitext2-tiny",
-            "WikiText-2 in about half an hour on two cores",
+            "WikiText-2 in a quarter of an hour on two cores",
             tokenizer="bpe:8192",
             **_TINY,
             rows=4,
@@ -160,7 +160,7 @@ _PRESETS = {
         ),
         _small(
             "wikitext2-small",
-            "WikiText-2 with a wider, deeper model in about an hour on two cores",
+            "WikiText-2 with a wider, deeper model in half an hour on two cores",
             tokenizer="bpe:8192",
             width=256,
             latent_dim=128,
@@ -169,8 +169,8 @@ _PRESETS = {
             layers=8,
             head_blocks=4,
             rows=2,
-            autoencoder_steps=800,
-            lm_steps=3000,
+            autoencoder_steps=1200,
+            lm_steps=1400,
             learning_rate=1e-3,
         ),
         _published("calm-m", 1024, 2752),
