@@ -98,8 +98,8 @@ def _small(
             evaluate_every=max(1, lm_steps // 8),
             sample_every=max(1, lm_steps // 4),
             save_every=max(1, lm_steps // 8),
-            best_metric="valid/brier_lm",
-            best_is="highest",
+            best_metric="valid/energy_loss",  # a proper score, and above the floor at which young models share BrierLM 0
+            best_is="lowest",
         ),
     )
     return Preset(name=name, summary=summary, tokenizer=tokenizer, autoencoder=autoencoder, lm=lm)
@@ -145,7 +145,7 @@ _PRESETS = {
             **_TINY,
             rows=4,
             autoencoder_steps=300,
-            lm_steps=400,
+            lm_steps=650,
             learning_rate=2e-3,
         ),
         _small(
