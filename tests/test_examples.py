@@ -21,13 +21,19 @@ def test_every_example_is_run():
     assert {path.name for path in EXAMPLES} == set(SMALLER)
 
 
-def test_the_examples_run_in_order(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    tiny.write_corpus(Path("text"))
-    for path in EXAMPLES:
-        monkeypatch.setattr(sys, "argv", [path.name, *SMALLER[path.name]])
-        runpy.run_path(str(path), run_name="__main__")
-        assert SAYS[path.name] in capsys.readouterr().out
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("examples")
+    tiny.write_corpus(folder / "text")
+    return folder
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
+def test_the_examples_run_in_order(path, folder, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "argv", [path.name, *SMALLER[path.name]])
+    runpy.run_path(str(path), run_name="__main__")
+    assert SAYS[path.name] in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)

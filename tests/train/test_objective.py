@@ -41,7 +41,7 @@ def test_without_regularisers_the_autoencoder_loss_is_its_definition():
     off = AutoencoderLossConfig(token_dropout=0.0, latent_dropout=0.0, random_chunks=0.0, kl_weight=0.01, kl_clamp=0.3)
     objective = AutoencoderObjective(SMALL, off, mask_id=MASK)
     params = objective.init(jax.random.key(0))
-    loss, terms = objective.loss(params, {}, TOKENS, jax.random.key(5))
+    loss, terms = jax.jit(objective.loss)(params, {}, TOKENS, jax.random.key(5))
     autoencoder, chunks = objective.module(params), TOKENS.reshape(-1, 2)
     posterior = autoencoder.encode(chunks)
     states = autoencoder.decode_states(posterior.sample(stream(jax.random.key(5), "posterior")))
@@ -95,9 +95,8 @@ def test_the_auxiliary_term_is_trained_beside_the_model_and_fades():
 def test_the_auxiliary_term_teaches_the_backbone_and_not_the_autoencoder():
     objective = latent_objective(auxiliary_weight=1.0, energy_weight=0.0)
     params = objective.init(jax.random.key(0))
-    gradients, frozen = jax.grad(lambda *p: objective.loss(*p, TOKENS, jax.random.key(0))[0], argnums=(0, 1))(
-        params, objective.frozen
-    )
+    both = jax.jit(jax.grad(lambda *p: objective.loss(*p, TOKENS, jax.random.key(0))[0], argnums=(0, 1)))
+    gradients, frozen = both(params, objective.frozen)
     assert float(jnp.abs(gradients["lm"]["stem"]["embedding"][...]).max()) > 0
     assert all(float(jnp.abs(leaf).max()) == 0 for leaf in jax.tree.leaves(frozen))
     assert all(float(jnp.abs(leaf).max()) == 0 for leaf in jax.tree.leaves(gradients["lm"]["head"]))
