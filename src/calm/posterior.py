@@ -12,7 +12,7 @@ from calm.rng import PRNGKey
 class Gaussian(NamedTuple):
     """A diagonal Gaussian over latents.
 
-    `log_std` is the logarithm of the standard deviation, not of the variance (CALM, arXiv:2510.27688, section 3.1).
+    `log_std` is the logarithm of the standard deviation, not of the variance (CALM, arXiv:2510.27688).
     """
 
     mean: Float[Array, "*b Z"]

@@ -71,7 +71,7 @@ class AutoencoderConfig:
 
 
 class Autoencoder(nnx.Module):
-    """Encoder and decoder around one embedding table, which is also the decoder's output projection (CALM section 3)."""
+    """Encoder and decoder around one embedding table, which is also the decoder's output projection (CALM)."""
 
     def __init__(self, config: AutoencoderConfig, *, rngs: nnx.Rngs, precision: Precision = "float32"):
         if config.vocab_size < 1:

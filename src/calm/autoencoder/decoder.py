@@ -18,7 +18,7 @@ ARGMAX_GROUP = 64  # columns a vector unit reduces at a time
 
 
 class Decoder(nnx.Module):
-    """Z -> D, chunk layers, D -> K*D, token layers at each of the K places, norm: the encoder's mirror (CALM section 3.1)."""
+    """Z -> D, chunk layers, D -> K*D, token layers at each of the K places, norm: the encoder's mirror (CALM)."""
 
     def __init__(
         self,

@@ -11,7 +11,7 @@ from calm.posterior import Gaussian
 
 
 class Encoder(nnx.Module):
-    """Token layers at each of the K places, flatten, K*D -> D, chunk layers, norm, D -> mean and log_std (CALM section 3.1)."""
+    """Token layers at each of the K places, flatten, K*D -> D, chunk layers, norm, D -> mean and log_std (CALM)."""
 
     def __init__(
         self,

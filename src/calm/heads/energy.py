@@ -59,7 +59,7 @@ over_samples.defvjp(lambda x, num_samples: (over_samples(x, num_samples), None),
 
 
 class EnergyBlock(nnx.Module):
-    """e + down(SiLU(gate) * up) with gate, up from an MLP of [LN(e); h] (CALM section 4.1).
+    """e + down(SiLU(gate) * up) with gate, up from an MLP of [LN(e); h] (CALM).
 
     The first linear map acts on a concatenation; here its two halves are two kernels, so that the product with the hidden
     state is made once and not S times.
@@ -87,7 +87,7 @@ class EnergyBlock(nnx.Module):
 
 
 class EnergyHead(nnx.Module):
-    """hidden, noise -> latent. Trained by the energy loss, which needs samples only (CALM section 4).
+    """hidden, noise -> latent. Trained by the energy loss, which needs samples only (CALM).
 
     The last map starts at zero, so a new head gives the same latent for every noise.
     """

@@ -3,7 +3,7 @@
     loss = 2 E|x - y|^alpha - E|x - x'|^alpha,    x, x' ~ model, y ~ posterior of the true next chunk, 0 < alpha < 2
 
 Its minimum over distributions is the true one (Gneiting and Raftery 2007). The first term is the fidelity, the second the
-diversity. Source: CALM, arXiv:2510.27688, section 4.2; its N model samples are our S, and its code calls alpha beta.
+diversity. Source: CALM, arXiv:2510.27688; its N model samples are our S, and its code calls alpha beta.
 
 The target is a known Gaussian, so the fidelity has three equal formulations (`Fidelity`):
 

@@ -45,7 +45,7 @@ class LatentLMConfig:
 
 
 class LatentLM(nnx.Module):
-    """Chunks in, samples of the next chunk's latent out (CALM, arXiv:2510.27688, section 4).
+    """Chunks in, samples of the next chunk's latent out (CALM, arXiv:2510.27688).
 
     It does not own the autoencoder: targets, decoding and generation take both.
     """

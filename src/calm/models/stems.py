@@ -9,7 +9,7 @@ from calm.nn.dense import Dense, Precision, dense_flops
 
 
 class ChunkCompression(nnx.Module):
-    """K tokens to one vector: embed, flatten, K*D -> 2D, SiLU, 2D -> D, LayerNorm (CALM section 4.3, discrete input).
+    """K tokens to one vector: embed, flatten, K*D -> 2D, SiLU, 2D -> D, LayerNorm (CALM, discrete input).
 
     The model reads tokens, also its own: a sampled latent is decoded and comes back in here. Feeding latents back directly does
     worse in the paper's ablation.

@@ -29,7 +29,7 @@ class SwiGLU(nnx.Module):
 
 
 class ResidualSwiGLU(nnx.Module):
-    """x + SwiGLU(RMSNorm(x)): the layer of the autoencoder (CALM section 3.1)."""
+    """x + SwiGLU(RMSNorm(x)): the layer of the autoencoder (CALM)."""
 
     def __init__(self, dim: int, inner_dim: int, *, init_std: float | None = None, precision: Precision, rngs: nnx.Rngs):
         self.norm = nnx.RMSNorm(dim, epsilon=1e-6, rngs=rngs)

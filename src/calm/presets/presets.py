@@ -4,7 +4,7 @@ The small ones train on two cores in minutes. Against the published recipe they 
 (docs/log.md has the runs): kernels start at 1 / sqrt(fan-in) instead of .02, embeddings of the autoencoder at .1, learning
 rates are ten times higher with a cosine, a third of the autoencoder's chunks is random, and the auxiliary cross-entropy is on.
 
-The published ones cite CALM, arXiv:2510.27688, section 5 and tables 1 and 4.
+The published ones cite CALM, arXiv:2510.27688.
 """
 
 import dataclasses
@@ -106,7 +106,7 @@ def _small(
 
 
 def _published(name: str, dim: int, inner_dim: int) -> Preset:
-    """Layers 16, heads of width 64, a head block for every four layers; section 5 and table 4."""
+    """Layers 16, heads of width 64, a head block for every four layers."""
     optimizer = OptimizerConfig(learning_rate=3e-4, warmup_steps=1000)
     autoencoder = AutoencoderRun(
         model=AutoencoderConfig(latent_dim=128, dim=512, inner_dim=1280, embedding_std=0.02, init_std=0.02),
@@ -129,7 +129,7 @@ def _published(name: str, dim: int, inner_dim: int) -> Preset:
             save_every=5000,
         ),
     )
-    summary = f"CALM-{name[-1].upper() if name != 'calm-xl' else 'XL'} of the paper; wants the Llama-3 tokenizer's file"
+    summary = f"{name.upper()} of the paper; wants the Llama-3 tokenizer's file"
     return Preset(name=name, summary=summary, tokenizer="tokenizer.json", autoencoder=autoencoder, lm=lm)
 
 

@@ -51,7 +51,7 @@ class PlainSampler:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BatchTemperature:
-    """Samples near P(chunk)^n / Z, that is T = 1/n, from draws alone (CALM, arXiv:2510.27688, Algorithm 2; its N is our S).
+    """Samples near P(chunk)^n / Z, that is T = 1/n, from draws alone (CALM, arXiv:2510.27688; its N is our S).
 
     Of S candidates, a chunk drawn c times weighs C(c, n): the number of ways to draw it n times in a row without replacement.
     If no chunk came n times, n - 1, n - 2, ... 1 are tried; the first that succeeds is the largest count itself, so that step

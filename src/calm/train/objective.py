@@ -28,7 +28,7 @@ def as_chunks(tokens: Int[Array, "B T"], chunk_size: int) -> Int[Array, "B N K"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AutoencoderLossConfig:
-    """Terms and regularisers of stage 1 (CALM section 3)."""
+    """Terms and regularisers of stage 1 (CALM)."""
 
     kl_weight: float = 1e-3
     kl_clamp: float = 0.5

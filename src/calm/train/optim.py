@@ -1,6 +1,6 @@
 """AdamW as the paper trains with it, and the learning rate over the steps.
 
-Source: CALM, arXiv:2510.27688, section 5: AdamW(0.9, 0.95), weight decay 0.1, clipping at 1.0, learning rate 3e-4 constant
+Source: CALM, arXiv:2510.27688: AdamW(0.9, 0.95), weight decay 0.1, clipping at 1.0, learning rate 3e-4 constant
 after 1000 (autoencoder) or 2000 (language model) steps of warm-up.
 
 Decayed are matrices, embedding tables among them (as in the paper's trainer; the autoencoder's table is its output matrix too);
