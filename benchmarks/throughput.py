@@ -166,20 +166,20 @@ class Workload:
     def _generate(self, temperature: str, batch: int) -> tuple[Callable[[], Any], int, float]:
         import jax
 
+        from calm.models import NextVector
         from calm.rng import row_keys
         from calm.sampling import SpecialIds, from_temperature, generate
 
-        lm, sampler = self._lm(), from_temperature(temperature, CANDIDATES)
+        predictor, sampler = NextVector(self.autoencoder, self._lm()), from_temperature(temperature, CANDIDATES)
         prompts = list(self._tokens(batch)[:, :64])
         # random weights would end a text at any moment: an end id that is never written keeps the work the same
         special = SpecialIds(begin_id=0, end_id=VOCABULARY, mask_id=2)
-        draws = sampler.num_candidates
+        draws = getattr(sampler, "num_candidates", 1)
         flops = (self.lm_config.flops(self.context // 4, draws) + draws * self.decode_flops) / self.chunk_size
 
         def call() -> None:
             result = generate(
-                self.autoencoder,
-                lm,
+                predictor,
                 prompts,
                 row_keys(jax.random.key(0), batch),
                 special=special,

@@ -20,7 +20,7 @@ from calm.interop.export import (
     load_exported_latent_lm,
 )
 from calm.interop.official import read_json
-from calm.models import LatentLM
+from calm.models import LatentLM, NextVector
 from calm.rng import row_keys, stream
 from calm.sampling import Generated, from_temperature
 from calm.sampling import generate as generate_tokens
@@ -118,7 +118,7 @@ class Bundle:
             context=self.block_tokens // self.chunk_size,
         )
         if stream is None:
-            result = generate_tokens(self.autoencoder, lm, ids, keys, **options)
+            result = generate_tokens(NextVector(self.autoencoder, lm), ids, keys, **options)
         else:
             result = self._stream(lm, ids, keys, options, stream)
         texts = [self.tokenizer.decode(row[:length]) for row, length in zip(result.tokens, result.lengths, strict=True)]
@@ -202,7 +202,7 @@ class Bundle:
         if len(ids) != 1:
             raise UsageError(f"stream: takes one prompt, got {len(ids)}")
         written, so_far = "", []
-        chunks = stream_tokens(self.autoencoder, lm, ids, keys, **options)
+        chunks = stream_tokens(NextVector(self.autoencoder, lm), ids, keys, **options)
         while True:
             try:
                 so_far.append(next(chunks)[0])

@@ -13,7 +13,7 @@ from calm.autoencoder import Autoencoder, AutoencoderConfig
 from calm.errors import UsageError
 from calm.interop.export import export_autoencoder, load_exported_autoencoder
 from calm.metrics.brier_lm import TextProtocol
-from calm.models import LatentLM, LatentLMConfig
+from calm.models import LatentLM, LatentLMConfig, NextVector
 from calm.nn.dense import Precision
 from calm.rng import row_keys, stream
 from calm.sampling import BatchTemperature, PlainSampler, generate
@@ -215,13 +215,13 @@ def _train(
 
 def _samples(autoencoder: Autoencoder, lm: LatentLM, data: Data, num_tokens: int) -> str:
     """Continuations of the first tokens of three validation documents at T = 1 and T = 1/2, with seed 0."""
-    tokenizer, valid = data.tokenizer, data.split("valid")
+    predictor, tokenizer, valid = NextVector(autoencoder, lm), data.tokenizer, data.split("valid")
     starts = [int(start) for start in valid.documents[:3]]
     prompts = [valid.read(start, min(32, valid.num_tokens - start)) for start in starts]
     parts = []
     for name, sampler in (("T=1", PlainSampler()), ("T=1/2", BatchTemperature(n=2, num_candidates=100))):
         keys = row_keys(jax.random.key(0), len(prompts))
-        result = generate(autoencoder, lm, prompts, keys, special=tokenizer, max_tokens=min(64, num_tokens), sampler=sampler)
+        result = generate(predictor, prompts, keys, special=tokenizer, max_tokens=min(64, num_tokens), sampler=sampler)
         for prompt, tokens, length in zip(prompts, result.tokens, result.lengths, strict=True):
             parts.append(f"[{name}] {tokenizer.decode(prompt)} >>> {tokenizer.decode(tokens[:length])}")
     return "\n\n".join(parts)

@@ -10,11 +10,10 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from calm.autoencoder.autoencoder import Autoencoder
 from calm.errors import UsageError
-from calm.models.latent_lm import LatentLM
+from calm.models.predictor import DECODINGS, Predictor
 from calm.sampling import steps
-from calm.sampling.steps import DECODINGS, Model, Progress, Recipe, Weights
+from calm.sampling.steps import Model, Progress, Recipe, Weights
 from calm.sampling.temperature import PlainSampler, Sampler
 from calm.text.chunking import chunk_prompt, pad_prompts
 
@@ -57,8 +56,7 @@ class Generated(NamedTuple):
 
 
 def generate(
-    autoencoder: Autoencoder,
-    lm: LatentLM,
+    predictor: Predictor,
     prompts: Sequence[Int[np.ndarray, "_"] | Sequence[int]],
     keys: Array,
     *,
@@ -80,18 +78,17 @@ def generate(
     Raises UsageError for prompts that do not fit. CALM (arXiv:2510.27688) pads the last chunk of a prompt and takes prompts of
     equal length only.
     """
-    job = _plan(autoencoder, lm, prompts, keys, special, max_tokens, sampler, decoding, context)
+    job = _plan(predictor, prompts, keys, special, max_tokens, sampler, decoding, context)
     progress, chunks = steps.run(
         job.recipe, job.model, job.weights, keys, job.chunks, job.starts, job.capacity, jnp.int32(job.num_steps)
     )
     batch, chunk_size = job.chunks.shape[0], job.chunks.shape[2]
     tokens = np.asarray(chunks[: job.num_steps]).swapaxes(0, 1).reshape(batch, job.num_steps * chunk_size)[:, :max_tokens]
-    return _report(progress, tokens, sampler, decoding)
+    return _report(progress, tokens, decoding)
 
 
 def stream(
-    autoencoder: Autoencoder,
-    lm: LatentLM,
+    predictor: Predictor,
     prompts: Sequence[Int[np.ndarray, "_"] | Sequence[int]],
     keys: Array,
     *,
@@ -106,7 +103,7 @@ def stream(
     Rows that have ended yield end ids. The generator returns the `Generated` of the whole (`result = yield from stream(...)`).
     Arguments are checked when the first chunk is asked for.
     """
-    job = _plan(autoencoder, lm, prompts, keys, special, max_tokens, sampler, decoding, context)
+    job = _plan(predictor, prompts, keys, special, max_tokens, sampler, decoding, context)
     progress = steps.prefill(job.model, job.chunks, job.starts, job.capacity)
     chunks: list[np.ndarray] = []
     for step in range(job.num_steps):
@@ -117,7 +114,7 @@ def stream(
             break
     tokens = np.concatenate(chunks, axis=1)
     missing = ((0, 0), (0, max_tokens - tokens.shape[1]))
-    return _report(progress, np.pad(tokens, missing, constant_values=special.end_id), sampler, decoding)
+    return _report(progress, np.pad(tokens, missing, constant_values=special.end_id), decoding)
 
 
 class _Job(NamedTuple):
@@ -131,8 +128,7 @@ class _Job(NamedTuple):
 
 
 def _plan(
-    autoencoder: Autoencoder,
-    lm: LatentLM,
+    predictor: Predictor,
     prompts: Sequence[Int[np.ndarray, "_"] | Sequence[int]],
     keys: Array,
     special: HasSpecialIds,
@@ -142,13 +138,7 @@ def _plan(
     context: int | None,
 ) -> _Job:
     """Checks the arguments and lays the prompts out."""
-    chunk_size, vocab_size = lm.config.chunk_size, lm.config.vocab_size
-    for name in ("chunk_size", "vocab_size", "latent_dim"):
-        ours, theirs = getattr(lm.config, name), getattr(autoencoder.config, name)
-        if ours != theirs:
-            raise UsageError(
-                f"the language model has {name}={ours} and the autoencoder {theirs}: they were not trained together"
-            )
+    chunk_size, vocab_size = predictor.chunk_size, predictor.vocab_size
     if not prompts:
         raise UsageError("no prompts: give at least one; an empty one is unconditional")
     if max_tokens < 1:
@@ -178,11 +168,11 @@ def _plan(
     extra = _rounded(chunks.shape[1]) - chunks.shape[1]
     chunks = np.pad(chunks, ((0, 0), (extra, 0), (0, 0)), constant_values=special.begin_id)
     allowed = np.delete(np.arange(vocab_size, dtype=np.int32), [special.begin_id, special.mask_id])
-    model = Model(*nnx.split(lm))
+    model = Model(*nnx.split(predictor))
     return _Job(
         recipe=Recipe(sampler=sampler, decoding=decoding),
         model=model,
-        weights=steps.prepare(Model(*nnx.split(autoencoder)), model, jnp.asarray(allowed), jnp.int32(special.end_id)),
+        weights=steps.prepare(model, jnp.asarray(allowed), jnp.int32(special.end_id)),
         chunks=jnp.asarray(chunks, jnp.int32),
         starts=jnp.asarray(starts + extra, jnp.int32),
         capacity=chunks.shape[1] + _rounded(num_steps) - 1,
@@ -194,14 +184,15 @@ def _rounded(length: int) -> int:
     return -(-length // LENGTH_STEP) * LENGTH_STEP
 
 
-def _report(progress: Progress, tokens: np.ndarray, sampler: Sampler, decoding: str) -> Generated:
-    made, fallbacks, lengths, ended = jax.device_get((progress.steps, progress.fallbacks, progress.lengths, progress.ended))
+def _report(progress: Progress, tokens: np.ndarray, decoding: str) -> Generated:
+    fields = (progress.steps, progress.fallbacks, progress.draws, progress.lengths, progress.ended)
+    made, fallbacks, draws, lengths, ended = jax.device_get(fields)
     limit = tokens.shape[1]
     return Generated(
         tokens=tokens,
         lengths=np.minimum(lengths, limit),
         ended=ended & (lengths < limit),
         fallback_share=fallbacks / np.maximum(made, 1),
-        draws=made * sampler.num_candidates,
+        draws=draws,
         decoding=decoding,
     )

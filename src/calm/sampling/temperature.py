@@ -1,7 +1,7 @@
 """Temperature without likelihoods: samplers that choose among candidate chunks by how often each was drawn.
 
-A sampler is a small frozen dataclass with one method, `choose`, which runs on the device for one row; generation draws
-`num_candidates` chunks for every row and maps `choose` over the rows.
+A sampler is a small frozen dataclass with one method, `sample`, which runs on the device for all rows at once and draws from
+the model as often as it needs to.
 """
 
 import dataclasses
@@ -20,33 +20,46 @@ from calm.rng import PRNGKey
 EQUALITY_LIMIT = 400  # beyond, the S x S matrix of a batch outgrows the cache: at 2000 sorting is 16 times faster (CPU)
 
 
-class Choice(NamedTuple):
-    """What a sampler decided for one row."""
+class StepKeys(NamedTuple):
+    """The keys of one step, one for each row and purpose. A row's depend on its own key and the step alone."""
 
-    index: Int[Array, ""]
-    """the place of the chosen chunk among the candidates"""
-    fell_back: Bool[Array, ""]
-    """true if no chunk was drawn n times, so that a lower count decided"""
+    draw: Array
+    choice: Array
+
+
+@runtime_checkable
+class Source(Protocol):
+    """The law of the next chunk of every row: it can be drawn from, and says no probabilities."""
+
+    def draw(self, keys: Array, num_draws: int) -> Int[Array, "S B K"]:
+        """`num_draws` independent chunks for each row, row b's from `keys[b]` alone."""
+        ...
+
+
+class Choice(NamedTuple):
+    """What a sampler decided."""
+
+    chunk: Int[Array, "B K"]
+    fell_back: Bool[Array, "B"]
+    """true where no chunk was drawn often enough, so that a lower count decided"""
+    draws: Int[Array, "B"]
+    """chunks drawn for each row"""
 
 
 @runtime_checkable
 class Sampler(Protocol):
-    """Chooses one of `num_candidates` chunks drawn from the model."""
+    """Chooses the next chunk of every row by drawing from the model."""
 
-    @property
-    def num_candidates(self) -> int: ...
-
-    def choose(self, key: PRNGKey, candidates: Int[Array, "S K"]) -> Choice: ...
+    def sample(self, keys: StepKeys, source: Source) -> Choice: ...
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PlainSampler:
-    """T = 1: the one chunk that was drawn."""
+    """T = 1: one chunk is drawn."""
 
-    num_candidates: int = dataclasses.field(default=1, init=False)
-
-    def choose(self, key: PRNGKey, candidates: Int[Array, "S K"]) -> Choice:
-        return Choice(jnp.zeros((), jnp.int32), jnp.zeros((), bool))
+    def sample(self, keys: StepKeys, source: Source) -> Choice:
+        chunk = source.draw(keys.draw, 1)[0]
+        return Choice(chunk, jnp.zeros(chunk.shape[:1], bool), jnp.ones(chunk.shape[:1], jnp.int32))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -71,10 +84,17 @@ class BatchTemperature:
             message = f"temperature 1/{self.n} needs 1 <= {self.n} <= candidates, got candidates={self.num_candidates}"
             raise UsageError(message)
 
-    def choose(self, key: PRNGKey, candidates: Int[Array, "S K"]) -> Choice:
+    def sample(self, keys: StepKeys, source: Source) -> Choice:
+        candidates = source.draw(keys.draw, self.num_candidates)
+        index, fell_back = jax.vmap(self.choose, in_axes=(0, 1))(keys.choice, candidates)
+        chunk = jnp.take_along_axis(candidates, index[None, :, None], axis=0)[0]
+        return Choice(chunk, fell_back, jnp.full(chunk.shape[:1], self.num_candidates, jnp.int32))
+
+    def choose(self, key: PRNGKey, candidates: Int[Array, "S K"]) -> tuple[Int[Array, ""], Bool[Array, ""]]:
+        """For one row: the place of the chosen candidate, and whether no chunk came n times."""
         counts = count_equal(candidates)
         index = jax.random.categorical(key, log_weights(counts, self.n, self.num_candidates)).astype(jnp.int32)
-        return Choice(index, counts.max() < self.n)
+        return index, counts.max() < self.n
 
 
 def from_temperature(temperature: float | int | str | Fraction, candidates: int = 200) -> PlainSampler | BatchTemperature:

@@ -1,0 +1,153 @@
+"""What generation and evaluation ask of a model: the next chunk as a deterministic map from (hidden, noise)."""
+
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import jax
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from calm.autoencoder.autoencoder import Autoencoder
+from calm.autoencoder.decoder import ScoringTable, best_token, draw_token
+from calm.errors import UsageError
+from calm.models.latent_lm import LatentLM
+from calm.nn.dense import Precision
+from calm.rng import PRNGKey, stream
+
+DECODINGS = ("argmax", "drawn")
+
+
+class Noise(NamedTuple):
+    """All the randomness of one sample of a chunk."""
+
+    latent: Float[Array, "*s E"] | None
+    """what the head turns into a latent; none for a model without latents"""
+    uniforms: Float[Array, "*s K 2"] | None
+    """what draws tokens from a distribution over the vocabulary; none where the most probable token is taken"""
+
+
+@runtime_checkable
+class Predictor(Protocol):
+    """A model of the next chunk of K tokens that can be sampled; an `nnx.Module`.
+
+    Randomness is an argument, never a key: the caller draws the noise of every row from the row's own key, so that a row's
+    result does not depend on its batch, and all rows still go through the model at once.
+    """
+
+    precision: Precision
+
+    @property
+    def vocab_size(self) -> int: ...
+
+    @property
+    def chunk_size(self) -> int: ...
+
+    @property
+    def num_layers(self) -> int:
+        """Layers of the backbone, whose states generation takes apart."""
+        ...
+
+    @property
+    def table(self) -> Float[Array, "V W"]:
+        """What the states before the logits are multiplied with."""
+        ...
+
+    def init_state(self, batch: int, context: int, starts: Int[Array, "B"] | None = None) -> Any: ...
+
+    def hidden(self, chunks: Int[Array, "B N K"], state: Any = None) -> tuple[Float[Array, "B N D"], Any]: ...
+
+    def draw_noise(self, key: PRNGKey, shape: tuple[int, ...], decoding: str = "argmax") -> Noise: ...
+
+    def write(
+        self,
+        hidden: Float[Array, "*b D"],
+        previous: Int[Array, "*b K"],
+        noise: Noise,
+        *,
+        decoding: str = "argmax",
+        table: ScoringTable | None = None,
+    ) -> Int[Array, "S *b K"]:
+        """One chunk for each noise. `previous` is the chunk that `hidden` read last; `table` leaves banned tokens out."""
+        ...
+
+
+class NextVector(nnx.Module):
+    """A latent language model and the frozen autoencoder that reads its latents: the CALM predictor (arXiv:2510.27688).
+
+    Raises:
+        UsageError: the two were not trained together.
+    """
+
+    def __init__(self, autoencoder: Autoencoder, lm: LatentLM):
+        for name in ("chunk_size", "vocab_size", "latent_dim"):
+            ours, theirs = getattr(lm.config, name), getattr(autoencoder.config, name)
+            if ours != theirs:
+                raise UsageError(
+                    f"the language model has {name}={ours} and the autoencoder {theirs}: they were not trained together"
+                )
+        if lm.precision != autoencoder.precision:
+            raise UsageError(f"the language model computes in {lm.precision}, the autoencoder in {autoencoder.precision}")
+        self.autoencoder, self.lm, self.precision = autoencoder, lm, lm.precision
+
+    @property
+    def vocab_size(self) -> int:
+        return self.lm.config.vocab_size
+
+    @property
+    def chunk_size(self) -> int:
+        return self.lm.config.chunk_size
+
+    @property
+    def num_layers(self) -> int:
+        return self.lm.config.backbone.num_layers
+
+    @property
+    def table(self) -> Float[Array, "V W"]:
+        return self.autoencoder.table
+
+    def init_state(self, batch: int, context: int, starts: Int[Array, "B"] | None = None) -> Any:
+        """The state before the first chunk, with room for `context` chunks; row b begins at chunk `starts[b]`."""
+        return self.lm.init_state(batch, context, starts)
+
+    def hidden(self, chunks: Int[Array, "B N K"], state: Any = None) -> tuple[Float[Array, "B N D"], Any]:
+        """Position i has read chunks 0..i and predicts chunk i + 1. With a state, the chunks continue what it has read."""
+        return self.lm.hidden(chunks, state)
+
+    def draw_noise(self, key: PRNGKey, shape: tuple[int, ...], decoding: str = "argmax") -> Noise:
+        """The noise of samples of leading shape `shape`."""
+        uniforms = None
+        if decoding == "drawn":
+            uniforms = jax.random.uniform(stream(key, "tokens"), (*shape, self.chunk_size, 2))
+        return Noise(self.lm.head.draw_noise(key, shape), uniforms)
+
+    def write(
+        self,
+        hidden: Float[Array, "*b D"],
+        previous: Int[Array, "*b K"],
+        noise: Noise,
+        *,
+        decoding: str = "argmax",
+        table: ScoringTable | None = None,
+    ) -> Int[Array, "S *b K"]:
+        """Noise to latents by the head, latents to chunks by the decoder: its argmax, or drawn from its softmax."""
+        assert noise.latent is not None
+        states = self.autoencoder.decode_states(self.lm.head(hidden, noise.latent))
+        scoring = self.table if table is None else table
+        if decoding == "argmax":
+            return best_token(states, scoring, self.precision)
+        assert noise.uniforms is not None
+        return draw_token(noise.uniforms, states, scoring, self.precision)
+
+
+def sample_chunks(
+    predictor: Predictor,
+    key: PRNGKey,
+    hidden: Float[Array, "*b D"],
+    previous: Int[Array, "*b K"],
+    num_samples: int,
+    *,
+    decoding: str = "argmax",
+    table: ScoringTable | None = None,
+) -> Int[Array, "S *b K"]:
+    """S independent samples of the next chunk at every position, from one key."""
+    noise = predictor.draw_noise(key, (num_samples, *hidden.shape[:-1]), decoding)
+    return predictor.write(hidden, previous, noise, decoding=decoding, table=table)
