@@ -22,6 +22,24 @@ def plain_cross_entropy(hidden: Float[Array, "R D"], table: Float[Array, "V D"],
     return jax.nn.logsumexp(logits, axis=-1) - chosen
 
 
+def target_log_prob(
+    hidden: Float[Array, "R D"], table: Float[Array, "V D"], targets: Int[Array, "R"], precision: Precision = "float32"
+) -> Float[Array, "R"]:
+    """log softmax(hidden table^T)[target] in nats, one value a row, for so many rows at a time that their logits stay in cache."""
+    rows = hidden.shape[0]
+    size = min(rows, BLOCK_ROWS)
+    padding = -rows % size
+    blocks = jnp.pad(hidden, ((0, padding), (0, 0))).reshape(-1, size, hidden.shape[1])
+    columns = operand(table, precision)
+
+    def block(pair: tuple[Array, Array]) -> Array:
+        logits = product_with_transpose(operand(pair[0], precision), columns)
+        chosen = jnp.take_along_axis(logits, pair[1][:, None], axis=-1)[:, 0]
+        return chosen - jax.nn.logsumexp(logits, axis=-1)
+
+    return jax.lax.map(block, (blocks, jnp.pad(targets, (0, padding)).reshape(-1, size))).reshape(-1)[:rows]
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def fused_cross_entropy(
     hidden: Float[Array, "R D"],

@@ -3,12 +3,14 @@
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from calm.autoencoder.autoencoder import Autoencoder
 from calm.autoencoder.decoder import ScoringTable, best_token, draw_token
 from calm.errors import UsageError
+from calm.losses.cross_entropy import target_log_prob
 from calm.models.latent_lm import LatentLM
 from calm.nn.dense import Precision
 from calm.rng import PRNGKey, stream
@@ -136,6 +138,19 @@ class NextVector(nnx.Module):
             return best_token(states, scoring, self.precision)
         assert noise.uniforms is not None
         return draw_token(noise.uniforms, states, scoring, self.precision)
+
+    def token_log_probs(
+        self,
+        hidden: Float[Array, "*b D"],
+        previous: Int[Array, "*b K"],
+        latents: Float[Array, "S *b Z"],
+        targets: Int[Array, "*b K"],
+    ) -> Float[Array, "S *b K"]:
+        """log p(token | latent) in nats of each token of the target, for each latent: what `write` draws from."""
+        states = self.autoencoder.decode_states(latents)
+        wanted = jnp.broadcast_to(targets, states.shape[:-1])
+        flat = target_log_prob(states.reshape(-1, states.shape[-1]), self.table, wanted.reshape(-1), self.precision)
+        return flat.reshape(wanted.shape)
 
 
 def sample_chunks(
