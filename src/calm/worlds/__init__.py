@@ -1,0 +1,29 @@
+"""Small languages whose laws are known exactly: ground truth for scores, bounds and samplers. Numpy only.
+
+world       what every world can say: samples, n-gram probabilities, entropy rate, ceilings, temperature targets
+machine     worlds of finitely many states: the Markov chain, and whatever is compiled into one
+grammar     a probabilistic grammar: sentences with agreement across nested clauses
+key_value   settings and queries: the answer lies far back
+registry    a world from its name, as in `calm data prepare --source world:NAME`
+"""
+
+from calm.worlds.grammar import GrammarWorld, Rule, compile_grammar
+from calm.worlds.key_value import KeyValueWorld
+from calm.worlds.machine import MachineWorld, MarkovWorld
+from calm.worlds.registry import WORLDS, build_world
+from calm.worlds.world import Chain, NgramTable, World, tempered
+
+__all__ = [
+    "WORLDS",
+    "Chain",
+    "GrammarWorld",
+    "KeyValueWorld",
+    "MachineWorld",
+    "MarkovWorld",
+    "NgramTable",
+    "Rule",
+    "World",
+    "build_world",
+    "compile_grammar",
+    "tempered",
+]

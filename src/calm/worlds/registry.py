@@ -1,0 +1,41 @@
+"""A world from its name and settings in words: "markov", "markov:words=128,seed=3"."""
+
+import inspect
+from collections.abc import Callable
+
+from calm.config import parse_human_float, parse_human_int
+from calm.errors import UsageError
+from calm.worlds.grammar import GrammarWorld
+from calm.worlds.key_value import KeyValueWorld
+from calm.worlds.machine import MarkovWorld
+from calm.worlds.world import World
+
+WORLDS: dict[str, Callable[..., World]] = {"markov": MarkovWorld, "grammar": GrammarWorld, "key-value": KeyValueWorld}
+
+
+def split_spec(spec: str) -> tuple[str, dict[str, str]]:
+    """ "markov:words=128,seed=3" -> ("markov", {"words": "128", "seed": "3"}). Raises UsageError for anything else."""
+    name, _, settings = spec.partition(":")
+    if name not in WORLDS:
+        raise UsageError(f"world {name!r}: there is none of that name; choose {', '.join(WORLDS)}")
+    pairs = [pair.partition("=") for pair in settings.split(",") if pair]
+    if not all(key and sign and value for key, sign, value in pairs):
+        raise UsageError(f"world {spec}: settings are written as {name}:KEY=VALUE,KEY=VALUE")
+    return name, {key: value for key, _, value in pairs}
+
+
+def build_world(name: str, **settings: str | int | float) -> World:
+    """The world called `name`; settings are numbers or their text (30k, 2M). Raises UsageError, naming the setting."""
+    if name not in WORLDS:
+        raise UsageError(f"world {name!r}: there is none of that name; choose {', '.join(WORLDS)}")
+    known = inspect.signature(WORLDS[name]).parameters
+    values = {}
+    for key, value in settings.items():
+        if key not in known:
+            raise UsageError(f"world {name}: unknown setting {key!r}; it has {', '.join(known)}")
+        read = parse_human_int if isinstance(known[key].default, int) else parse_human_float
+        try:
+            values[key] = read(value) if isinstance(value, str) else value
+        except UsageError as error:
+            raise UsageError(f"world {name}: {key}: {error}") from error
+    return WORLDS[name](**values)
