@@ -133,3 +133,4 @@ def test_on_a_terminal_progress_is_a_bar():
 def test_numbers_are_short():
     assert [short(value) for value in (12.0, 1234.0, 5.6e6, 7e9)] == ["12", "1.23k", "5.6M", "7G"]
     assert describe(1.0, None, 3) == "loss 1"
+    assert describe(1.0, None, 3, 1.2345e15) == "loss 1  1.23e15 FLOPs"

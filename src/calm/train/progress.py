@@ -25,6 +25,7 @@ class Meter:
     def __init__(self, tokens_per_step: int, flops_per_token: float, rates: MatrixRates | None, precision: str, devices: int):
         self._tokens, self._flops = tokens_per_step, flops_per_token
         self._rate = rates.of(precision) * devices if rates else None
+        self.flops_per_step = tokens_per_step * flops_per_token
         self.training_seconds = 0.0
         self._steps, self._since = 0, time.perf_counter()
 
@@ -79,9 +80,9 @@ class Progress:
         if self._bar is not None:
             self._bar.stop()
 
-    def update(self, step: int, loss: float, throughput: Throughput | None) -> None:
+    def update(self, step: int, loss: float, throughput: Throughput | None, flops: float | None = None) -> None:
         """After a record: what it says."""
-        words = describe(loss, throughput, self.total - step)
+        words = describe(loss, throughput, self.total - step, flops)
         if self._bar is not None:
             self._bar.update(self._task, completed=step, description=words)
         else:
@@ -97,9 +98,9 @@ class Progress:
             print(text, file=self.stream, flush=True)
 
 
-def describe(loss: float, throughput: Throughput | None, steps_left: int) -> str:
-    """`loss 3.412  21.3k tokens/s  38% of the matrix rate  0:41:07 left`."""
-    words = [f"loss {loss:.4g}"]
+def describe(loss: float, throughput: Throughput | None, steps_left: int, flops: float | None = None) -> str:
+    """`loss 3.412  1.24e15 FLOPs  21.3k tokens/s  38% of the matrix rate  0:41:07 left`; `flops` since the run began."""
+    words = [f"loss {loss:.4g}", *([] if flops is None else [f"{flops:.3g} FLOPs".replace("e+", "e")])]
     if throughput is not None:
         words.append(f"{short(throughput.tokens_per_second)} tokens/s")
         if throughput.matrix_share is not None:

@@ -216,16 +216,16 @@ class Session:
         self.check_finite(leaves)
         state = self.step_function.state(leaves)
         sums, count = jax.device_get((state.sums, state.count))
-        throughput = self.meter.read()
+        throughput, flops = self.meter.read(), (step + 1) * self.meter.flops_per_step
         record = {f"train/{name}": float(total / count) for name, total in sums.items()}
         record["train/learning_rate"] = float(self.step_function.learning_rate(step))
         self.last_record |= record
         self.trackers.log(record, step)
         if throughput is not None:
-            timing = {"training_seconds": self.meter.training_seconds, **throughput._asdict()}
+            timing = {"training_seconds": self.meter.training_seconds, "training_flops": flops, **throughput._asdict()}
             self.trackers.log_timing({name: value for name, value in timing.items() if value is not None}, step)
-        self.run.log(f"step {step}: {describe(record['train/loss'], throughput, self.config.steps - step)}")
-        self.progress.update(step, record["train/loss"], throughput)
+        self.run.log(f"step {step}: {describe(record['train/loss'], throughput, self.config.steps - step, flops)}")
+        self.progress.update(step, record["train/loss"], throughput, flops)
 
     def say(self, text: str) -> None:
         """To log.txt and to whoever watches."""
