@@ -1,4 +1,5 @@
-"""The two stages of training, from a configuration and prepared data to a finished run folder."""
+"""The two stages of training, from a configuration and prepared data to a finished run folder. `calm.token_stage` has the token
+baseline's, which shares all but the model."""
 
 import dataclasses
 from collections.abc import Callable
@@ -13,10 +14,11 @@ from calm.autoencoder import Autoencoder, AutoencoderConfig
 from calm.errors import UsageError
 from calm.interop.export import export_autoencoder, load_exported_autoencoder
 from calm.metrics.brier_lm import TextProtocol
-from calm.models import LatentLM, LatentLMConfig, NextVector
+from calm.models import LatentLM, LatentLMConfig, NextVector, Predictor
+from calm.models.token_lm import TokenLMConfig
 from calm.nn.dense import Precision
 from calm.rng import row_keys, stream
-from calm.sampling import BatchTemperature, PlainSampler, generate
+from calm.sampling import BatchTemperature, PlainSampler, Sampler, generate
 from calm.text.batches import Batches, evaluation_blocks
 from calm.text.shards import Data, open_data
 from calm.text.tokenizer import Tokenizer, load_tokenizer, require_same_tokenizer
@@ -30,6 +32,7 @@ from calm.train.settings import TrainConfig, settle_precision
 
 AUTOENCODER: Literal["autoencoder"] = "autoencoder"
 LM: Literal["latent_lm"] = "latent_lm"
+TOKEN_LM: Literal["token_lm"] = "token_lm"
 MAX_VALIDATION_TOKENS = 64 * 1024
 
 
@@ -59,32 +62,46 @@ class LatentLMRun:
     train: TrainConfig = TrainConfig()
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TokenLMRun:
+    """All of the token baseline; written as config.toml into the run, where it alone reproduces it."""
+
+    kind: Literal["token_lm"] = TOKEN_LM
+    data: str = ""
+    """folder of prepared data"""
+    model: TokenLMConfig = TokenLMConfig()
+    train: TrainConfig = TrainConfig()
+
+
+Run = AutoencoderRun | LatentLMRun | TokenLMRun
+
+
 def train_autoencoder(run: AutoencoderRun, out: str | Path, resume: str = "auto", *, quiet: bool = False) -> dict[str, Any]:
     """Trains stage 1 into the run folder `out` and exports the result to `out/export`. Returns its held-out accuracy."""
     initialize_distributed()
-    data = _open(run.data, "data")
-    run = dataclasses.replace(run, model=_filled(run.model, vocab_size=data.tokenizer.vocab_size))
+    data = open_named(run.data, "data")
+    run = dataclasses.replace(run, model=filled(run.model, vocab_size=data.tokenizer.vocab_size))
     precision, rates = settle_precision(run.train.precision, out)
     objective = AutoencoderObjective(run.model, run.loss, mask_id=data.tokenizer.mask_id, precision=precision)
     blocks, documents = validation_blocks(data, run.train.num_tokens, "valid", MAX_VALIDATION_TOKENS)
-    text = _validation_protocol(run, data)
+    text = validation_protocol(run, data)
 
     def evaluate(params: Any, step: int) -> dict[str, float]:
         module = objective.module(params)
-        return evaluate_autoencoder(module, blocks, documents, _evaluation_key(run), text=text).scalars()
+        return evaluate_autoencoder(module, blocks, documents, evaluation_key(run), text=text).scalars()
 
     def attach() -> None:
         data.tokenizer.save(Path(out) / "tokenizer.json")
 
-    result = _train(objective, run, data, out, resume, precision, rates, quiet, attach, evaluate=evaluate)
-    export_autoencoder(objective.module(_best_parameters(out, objective)), Path(out) / "export")
+    result = run_training(objective, run, data, out, resume, precision, rates, quiet, attach, evaluate=evaluate)
+    export_autoencoder(objective.module(best_parameters(out, objective)), Path(out) / "export")
     return {"run": str(out), "step": result.step, **result.metrics}
 
 
 def train_lm(run: LatentLMRun, out: str | Path, resume: str = "auto", *, quiet: bool = False) -> dict[str, Any]:
     """Trains stage 2 into the run folder `out`, which also keeps a copy of the frozen autoencoder. Returns its scores."""
     initialize_distributed()
-    data = _open(run.data, "data")
+    data = open_named(run.data, "data")
     if not run.autoencoder:
         raise UsageError("autoencoder: name the run folder of a trained autoencoder (`calm train autoencoder` makes one)")
     precision, rates = settle_precision(run.train.precision, out)
@@ -93,34 +110,35 @@ def train_lm(run: LatentLMRun, out: str | Path, resume: str = "auto", *, quiet: 
     if tokenizer is not None:
         require_same_tokenizer(data.tokenizer.fingerprint, tokenizer.fingerprint, f"autoencoder {run.autoencoder}")
     sizes = {name: getattr(autoencoder.config, name) for name in ("vocab_size", "chunk_size", "latent_dim")}
-    run = dataclasses.replace(run, model=_filled(run.model, **sizes))
+    run = dataclasses.replace(run, model=filled(run.model, **sizes))
     context = _chunks(run.train.num_tokens, run.model.chunk_size)
     objective = LatentObjective(run.model, run.loss, autoencoder, context=context, precision=precision)
     blocks, documents = validation_blocks(data, run.train.num_tokens, "valid", MAX_VALIDATION_TOKENS)
-    text = _validation_protocol(run, data)
+    text = validation_protocol(run, data)
 
     def evaluate(params: Any, step: int) -> dict[str, float]:
         module = objective.module(params)
-        return evaluate_latent_lm(autoencoder, module, blocks, documents, _evaluation_key(run), text=text).scalars()
+        return evaluate_latent_lm(autoencoder, module, blocks, documents, evaluation_key(run), text=text).scalars()
 
     def sample(params: Any, step: int) -> str:
-        return _samples(autoencoder, objective.module(params), data, run.train.num_tokens)
+        at_half = BatchTemperature(num_candidates=100)
+        return samples(NextVector(autoencoder, objective.module(params)), data, run.train.num_tokens, at_half)
 
     def attach() -> None:  # before the first checkpoint, so that a run folder is complete from the start
         data.tokenizer.save(Path(out) / "tokenizer.json")
         if not goes_on:
             export_autoencoder(autoencoder, Path(out) / AUTOENCODER)
 
-    result = _train(objective, run, data, out, resume, precision, rates, quiet, attach, evaluate=evaluate, sample=sample)
+    result = run_training(objective, run, data, out, resume, precision, rates, quiet, attach, evaluate=evaluate, sample=sample)
     return {"run": str(out), "step": result.step, **result.metrics}
 
 
-def load_run_config(folder: str | Path) -> AutoencoderRun | LatentLMRun:
+def load_run_config(folder: str | Path) -> Run:
     """The configuration that a run folder holds."""
     path = Path(folder) / "config.toml"
     if not path.is_file():
         raise UsageError(f"{folder}: not a run folder (no config.toml); `calm train` and `calm quickstart` make one")
-    kinds = {AUTOENCODER: AutoencoderRun, LM: LatentLMRun}
+    kinds = {AUTOENCODER: AutoencoderRun, LM: LatentLMRun, TOKEN_LM: TokenLMRun}
     kind = configuration.read_toml(path).get("kind")
     if kind not in kinds:
         raise UsageError(f"{path}: kind is {kind!r}, expected one of {', '.join(kinds)}")
@@ -133,27 +151,27 @@ def load_autoencoder(folder: str | Path, precision: Precision = "float32") -> tu
     if not folder.is_dir():
         raise UsageError(f"autoencoder {folder}: no such folder")
     if (folder / "config.json").is_file() or (folder / AUTOENCODER / "config.json").is_file():
-        return load_exported_autoencoder(folder, precision), _tokenizer(folder)
+        return load_exported_autoencoder(folder, precision), tokenizer_of(folder)
     run = load_run_config(folder)
     if not isinstance(run, AutoencoderRun):
-        raise UsageError(f"autoencoder {folder}: holds a language model run without its autoencoder")
+        raise UsageError(f"autoencoder {folder}: holds a language model and no autoencoder")
     # the mask id matters in training only
     objective = AutoencoderObjective(run.model, run.loss, mask_id=0, precision=precision)
-    return objective.module(_best_parameters(folder, objective)), _tokenizer(folder)
+    return objective.module(best_parameters(folder, objective)), tokenizer_of(folder)
 
 
 def load_lm(folder: str | Path, precision: Precision = "float32") -> tuple[LatentLM, Autoencoder, Tokenizer | None]:
     """A trained language model with its autoencoder and tokenizer, from a stage-2 run (its best checkpoint)."""
     run = load_run_config(folder)
     if not isinstance(run, LatentLMRun):
-        raise UsageError(f"{folder}: holds an autoencoder, not a language model")
+        raise UsageError(f"{folder}: holds a run of kind {run.kind}, not a latent language model")
     autoencoder = load_exported_autoencoder(Path(folder) / AUTOENCODER, precision)
     context = _chunks(run.train.num_tokens, run.model.chunk_size)
     objective = LatentObjective(run.model, run.loss, autoencoder, context=context, precision=precision)
-    return objective.module(_best_parameters(folder, objective)), autoencoder, _tokenizer(Path(folder))
+    return objective.module(best_parameters(folder, objective)), autoencoder, tokenizer_of(Path(folder))
 
 
-def _best_parameters(folder: str | Path, objective: Any) -> Any:
+def best_parameters(folder: str | Path, objective: Any) -> Any:
     """All trained weights of a run's best checkpoint, or of its last where none was named best."""
     target = jax.eval_shape(objective.init, jax.random.key(0))
     return load_parameters(Path(folder) / "checkpoints", best_step(folder), target)
@@ -165,9 +183,9 @@ def validation_blocks(data: Data, num_tokens: int, split: str, max_tokens: int |
     return evaluation_blocks(data.split(split), num_tokens=num_tokens, max_blocks=blocks)
 
 
-def _train(
+def run_training(
     objective: Any,
-    run: AutoencoderRun | LatentLMRun,
+    run: Run,
     data: Data,
     out: str | Path,
     resume: str,
@@ -213,13 +231,13 @@ def _train(
     )
 
 
-def _samples(autoencoder: Autoencoder, lm: LatentLM, data: Data, num_tokens: int) -> str:
-    """Continuations of the first tokens of three validation documents at T = 1 and T = 1/2, with seed 0."""
-    predictor, tokenizer, valid = NextVector(autoencoder, lm), data.tokenizer, data.split("valid")
+def samples(predictor: Predictor, data: Data, num_tokens: int, at_half: Sampler) -> str:
+    """Continuations of the first tokens of three validation documents at T = 1 and, by `at_half`, T = 1/2, with seed 0."""
+    tokenizer, valid = data.tokenizer, data.split("valid")
     starts = [int(start) for start in valid.documents[:3]]
     prompts = [valid.read(start, min(32, valid.num_tokens - start)) for start in starts]
     parts = []
-    for name, sampler in (("T=1", PlainSampler()), ("T=1/2", BatchTemperature(n=2, num_candidates=100))):
+    for name, sampler in (("T=1", PlainSampler()), ("T=1/2", at_half)):
         keys = row_keys(jax.random.key(0), len(prompts))
         result = generate(predictor, prompts, keys, special=tokenizer, max_tokens=min(64, num_tokens), sampler=sampler)
         for prompt, tokens, length in zip(prompts, result.tokens, result.lengths, strict=True):
@@ -227,13 +245,13 @@ def _samples(autoencoder: Autoencoder, lm: LatentLM, data: Data, num_tokens: int
     return "\n\n".join(parts)
 
 
-def _open(folder: str, key: str) -> Data:
+def open_named(folder: str, key: str) -> Data:
     if not folder:
         raise UsageError(f"{key}: name a folder of prepared data (`calm data prepare` makes one)")
     return open_data(folder)
 
 
-def _filled(model: Any, **sizes: int) -> Any:
+def filled(model: Any, **sizes: int) -> Any:
     """`model` with sizes that were left at 0 taken from what it is trained on; others must agree."""
     for name, size in sizes.items():
         if getattr(model, name) not in (0, size):
@@ -247,15 +265,15 @@ def _chunks(num_tokens: int, chunk_size: int) -> int:
     return num_tokens // chunk_size
 
 
-def _validation_protocol(run: AutoencoderRun | LatentLMRun, data: Data) -> TextProtocol:
+def validation_protocol(run: Run, data: Data) -> TextProtocol:
     sizes = dict(block_tokens=run.train.num_tokens, chunk_size=run.model.chunk_size)
     return text_protocol(data, "valid", **sizes, seed=run.train.seed)
 
 
-def _evaluation_key(run: AutoencoderRun | LatentLMRun) -> Any:
+def evaluation_key(run: Run) -> Any:
     return stream(jax.random.key(run.train.seed), "evaluate")
 
 
-def _tokenizer(folder: Path) -> Tokenizer | None:
+def tokenizer_of(folder: Path) -> Tokenizer | None:
     path = folder / "tokenizer.json"
     return load_tokenizer(path) if path.is_file() else None

@@ -38,6 +38,7 @@ VERBS = {
     "data inspect": Verb("data", "DataInspect", "show counts, bytes per token and decoded examples of prepared data"),
     "train autoencoder": Verb("train", "TrainAutoencoder", "stage 1: learn chunk <-> latent"),
     "train lm": Verb("train", "TrainLM", "stage 2: learn to predict the next latent"),
+    "train token-lm": Verb("train", "TrainTokenLM", "the baseline: learn to predict the next token on the same backbone"),
     "evaluate": Verb("evaluate", "Evaluate", "score a run: reconstruction, BrierLM with intervals"),
     "generate": Verb("generate", "Generate", "continue prompts, streaming chunk by chunk"),
     "export": Verb("export", "Export", "write a run as safetensors + config.json + tokenizer.json + model card"),

@@ -1,4 +1,4 @@
-"""`calm train autoencoder` and `calm train lm`: the two stages."""
+"""`calm train autoencoder` and `calm train lm`: the two stages; `calm train token-lm`: the baseline."""
 
 import dataclasses
 from typing import Annotated, Any
@@ -6,7 +6,8 @@ from typing import Annotated, Any
 import tyro
 
 from calm import presets
-from calm.stages import AutoencoderRun, LatentLMRun, train_autoencoder, train_lm
+from calm.stages import AutoencoderRun, LatentLMRun, TokenLMRun, train_autoencoder, train_lm
+from calm.token_stage import train_token_lm
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,3 +48,23 @@ class TrainLM:
 
     def run(self) -> dict[str, Any]:
         return train_lm(self.settings, self.out, self.resume)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainTokenLM:
+    """The baseline: trains a language model that predicts the next token, on the backbone of the other."""
+
+    configuration = "settings"
+
+    out: str
+    """The run folder to write (or to go on with)."""
+    resume: str = "auto"
+    """auto goes on where the folder stopped; never refuses a folder with a run; also force, a step, or RUN@STEP."""
+    settings: Annotated[TokenLMRun, tyro.conf.arg(name="")] = TokenLMRun()
+
+    @classmethod
+    def from_preset(cls, name: str) -> TokenLMRun:
+        return presets.get(name).token_lm
+
+    def run(self) -> dict[str, Any]:
+        return train_token_lm(self.settings, self.out, self.resume)

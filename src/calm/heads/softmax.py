@@ -56,15 +56,24 @@ def draw_tokens(
 
     def block(states: Array, uniforms: Array) -> Array:
         logits = product(operand(states, precision), scoring.columns)
-        weights = jnp.exp(logits - logits.max(-1, keepdims=True)) * scoring.first
-        groups = weights.reshape(states.shape[0], -1, ARGMAX_GROUP)
-        group = _invert(groups.sum(-1)[:, None], uniforms[..., 0])
-        within = jnp.take_along_axis(groups, group[:, :, None], axis=1)
-        return scoring.ids[group * ARGMAX_GROUP + _invert(within, uniforms[..., 1])]
+        return scoring.ids[draw_places(uniforms, jnp.exp(logits - logits.max(-1, keepdims=True)) * scoring.first)]
 
     rows = jnp.moveaxis(uniforms.reshape(uniforms.shape[0], -1, 2), 0, 1)
     drawn = by_row_blocks(block, states.reshape(-1, states.shape[-1]), rows)
     return drawn.T.reshape(uniforms.shape[:-1])
+
+
+def draw_places(uniforms: Float[Array, "R S 2"], weights: Float[Array, "R X"]) -> Int[Array, "R S"]:
+    """S places of every row, each drawn with probability weight / sum of weights; the weights need not add up to 1.
+
+    The first number picks a group of places and the second the place within it, so that float32 resolves places of probability
+    far below 2^-24.
+    """
+    padding = -weights.shape[1] % ARGMAX_GROUP
+    groups = jnp.pad(weights, ((0, 0), (0, padding))).reshape(weights.shape[0], -1, ARGMAX_GROUP)
+    group = _invert(groups.sum(-1)[:, None], uniforms[..., 0])
+    within = jnp.take_along_axis(groups, group[:, :, None], axis=1)
+    return group * ARGMAX_GROUP + _invert(within, uniforms[..., 1])
 
 
 def _invert(weights: Float[Array, "R #S X"], uniforms: Float[Array, "R S"]) -> Int[Array, "R S"]:

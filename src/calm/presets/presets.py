@@ -8,14 +8,16 @@ The published ones cite CALM, arXiv:2510.27688.
 """
 
 import dataclasses
+from typing import Any
 
 from calm.autoencoder import AutoencoderConfig
 from calm.config import suggestion
 from calm.errors import UsageError
 from calm.heads import EnergyHeadConfig
 from calm.models import LatentLMConfig
+from calm.models.token_lm import TokenLMConfig
 from calm.nn import BackboneConfig
-from calm.stages import AutoencoderRun, LatentLMRun
+from calm.stages import AutoencoderRun, LatentLMRun, TokenLMRun
 from calm.train.objective import AutoencoderLossConfig, LatentLossConfig
 from calm.train.optim import OptimizerConfig
 from calm.train.settings import TrainConfig
@@ -23,7 +25,7 @@ from calm.train.settings import TrainConfig
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Preset:
-    """Both stages and the tokenizer that they are meant for."""
+    """Both stages, the token baseline of the same backbone, and the tokenizer that they are meant for."""
 
     name: str
     summary: str
@@ -31,6 +33,7 @@ class Preset:
     """as in `calm data prepare --tokenizer`"""
     autoencoder: AutoencoderRun
     lm: LatentLMRun
+    token_lm: TokenLMRun
 
 
 def get(name: str) -> Preset:
@@ -53,6 +56,13 @@ def _cosine(learning_rate: float, warmup_steps: int, weight_decay: float = 0.1) 
         final_fraction=0.03,
         weight_decay=weight_decay,
     )
+
+
+def _token_lm(lm: LatentLMRun) -> TokenLMRun:
+    """The baseline on the backbone, text and learning rate of `lm`."""
+    chosen: dict[str, Any] = {"best_metric": "valid/nats_per_token", "best_is": "lowest"}
+    model = TokenLMConfig(backbone=lm.model.backbone, init_std=lm.model.init_std)
+    return TokenLMRun(model=model, train=dataclasses.replace(lm.train, **chosen))
 
 
 def _small(
@@ -102,7 +112,7 @@ def _small(
             best_is="lowest",
         ),
     )
-    return Preset(name=name, summary=summary, tokenizer=tokenizer, autoencoder=autoencoder, lm=lm)
+    return Preset(name=name, summary=summary, tokenizer=tokenizer, autoencoder=autoencoder, lm=lm, token_lm=_token_lm(lm))
 
 
 def _published(name: str, dim: int, inner_dim: int) -> Preset:
@@ -130,7 +140,14 @@ def _published(name: str, dim: int, inner_dim: int) -> Preset:
         ),
     )
     summary = f"{name.upper()} of the paper; wants the Llama-3 tokenizer's file"
-    return Preset(name=name, summary=summary, tokenizer="tokenizer.json", autoencoder=autoencoder, lm=lm)
+    return Preset(
+        name=name,
+        summary=summary,
+        tokenizer="tokenizer.json",
+        autoencoder=autoencoder,
+        lm=lm,
+        token_lm=_token_lm(lm),
+    )
 
 
 _TINY = dict(width=128, latent_dim=64, dim=256, inner_dim=688, layers=4, head_blocks=2)

@@ -1,0 +1,59 @@
+"""The token baseline's training, from a configuration and prepared data to a finished run folder."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from calm.errors import UsageError
+from calm.models.token_lm import TokenLM
+from calm.nn.dense import Precision
+from calm.sampling.softmax import SoftmaxSampler
+from calm.stages import (
+    MAX_VALIDATION_TOKENS,
+    TokenLMRun,
+    best_parameters,
+    filled,
+    load_run_config,
+    open_named,
+    run_training,
+    samples,
+    tokenizer_of,
+    validation_blocks,
+)
+from calm.text.tokenizer import Tokenizer
+from calm.train.mesh import initialize_distributed
+from calm.train.settings import settle_precision
+from calm.train.token_likelihood import token_likelihood
+from calm.train.token_objective import TokenObjective
+
+
+def train_token_lm(run: TokenLMRun, out: str | Path, resume: str = "auto", *, quiet: bool = False) -> dict[str, Any]:
+    """Trains the token baseline into the run folder `out`. Returns its scores."""
+    initialize_distributed()
+    data = open_named(run.data, "data")
+    run = dataclasses.replace(run, model=filled(run.model, vocab_size=data.tokenizer.vocab_size))
+    precision, rates = settle_precision(run.train.precision, out)
+    objective = TokenObjective(run.model, context=run.train.num_tokens, precision=precision)
+    blocks, documents = validation_blocks(data, run.train.num_tokens, "valid", MAX_VALIDATION_TOKENS)
+
+    def evaluate(params: Any, step: int) -> dict[str, float]:
+        nats = token_likelihood(objective.module(params), blocks, documents)
+        return {"nats_per_token": float(nats.means[0])}
+
+    def sample(params: Any, step: int) -> str:
+        return samples(objective.module(params), data, run.train.num_tokens, SoftmaxSampler(temperature=0.5))
+
+    def attach() -> None:
+        data.tokenizer.save(Path(out) / "tokenizer.json")
+
+    result = run_training(objective, run, data, out, resume, precision, rates, quiet, attach, evaluate=evaluate, sample=sample)
+    return {"run": str(out), "step": result.step, **result.metrics}
+
+
+def load_token_lm(folder: str | Path, precision: Precision = "float32") -> tuple[TokenLM, Tokenizer | None]:
+    """A trained token model with its tokenizer, from its run (the best checkpoint)."""
+    run = load_run_config(folder)
+    if not isinstance(run, TokenLMRun):
+        raise UsageError(f"{folder}: holds a run of kind {run.kind}, not a token language model")
+    objective = TokenObjective(run.model, context=run.train.num_tokens, precision=precision)
+    return objective.module(best_parameters(folder, objective)), tokenizer_of(Path(folder))
