@@ -19,7 +19,7 @@ from calm.interop.export import (
     load_exported_autoencoder,
     load_exported_latent_lm,
 )
-from calm.interop.official import read_json
+from calm.interop.published_files import read_json
 from calm.models import LatentLM, NextVector
 from calm.rng import row_keys, stream
 from calm.sampling import Generated, from_temperature

@@ -19,7 +19,7 @@ from flax import nnx
 from calm import config as configuration
 from calm.autoencoder import Autoencoder, AutoencoderConfig
 from calm.errors import CalmError, UsageError
-from calm.interop.official import read_json, read_safetensors
+from calm.interop.published_files import read_json, read_safetensors
 from calm.interop.weights import build_with_weights, flat_weights
 from calm.models import LatentLM, LatentLMConfig
 from calm.nn import Precision

@@ -1,12 +1,15 @@
 """The published PyTorch checkpoints of CALM (github.com/shaochenze/calm) as our models.
 
 A folder holds config.json and either model.safetensors or pytorch_model.bin (or the shards that their index files list). The
-stages then agree with the published code to 1e-5 in float32, and greedy tokens exactly: tests/interop/test_official.py.
+stages of a model with the energy head then agree with the published code to 1e-5 in float32, and greedy tokens exactly:
+tests/interop/test_official.py. Flow and diffusion heads follow the published layout, as read; numbers to compare with were not
+published, so tests compare with the formulas written out a second time.
 
     published                                  ours
     patch_size                                 chunk_size K
     latent_size                                latent_dim Z
     num_mlp_layers, noise_size                 head.num_blocks, head.noise_dim
+    num_samples                                head.num_draws, where the head has a loss of its own
     beta, num_samples, kl_clamp, ...           not part of a model: `training_settings`
     Linear.weight [out, in]                    kernel [in, out]
     q_proj, k_proj, v_proj                     qkv, columns in this order
@@ -14,32 +17,31 @@ stages then agree with the published code to 1e-5 in float32, and greedy tokens 
     layers.0, layers.1, ...                    one array with a leading layer axis
     mlp_blocks.N.linears.0 on [LN(e); h]       from_sample and from_hidden, and the bias with the latter
     mlp_generator.*                            a second name of generative_head.*
+    generative_head.net.*                      head.net: a flow head, or a diffusion head if its output has width 2Z
     ae_model.*                                 the frozen autoencoder inside a language model's file
 """
 
-import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from calm.autoencoder import Autoencoder, AutoencoderConfig
 from calm.errors import UsageError
-from calm.heads import EnergyHeadConfig
-from calm.interop.restricted_pickle import load_torch
+from calm.heads import DiffusionHeadConfig, EnergyHeadConfig, FlowHeadConfig, HeadConfig
+from calm.heads.modulated_mlp import FREQUENCIES
+from calm.interop.published_files import PublishedConfig, PublishedWeights
 from calm.interop.weights import build_with_weights
 from calm.models import LatentLM, LatentLMConfig
 from calm.nn import BackboneConfig
 
-_FIXED = {"hidden_act": "silu", "rms_norm_eps": 1e-6, "mlp_bias": False, "attention_bias": False, "rope_scaling": None}
 _TRAINING = {"beta": "alpha", "num_samples": "num_samples", "kl_weight": "kl_weight", "kl_clamp": "kl_clamp"}
 
 
 def load_autoencoder(folder: str | Path) -> Autoencoder:
     """The autoencoder of a published folder, in float32: its own folder, or the frozen copy inside a language model's."""
     folder = Path(folder)
-    config, weights = _Config(folder), _Weights(folder)
+    config, weights = PublishedConfig(folder), PublishedWeights(folder)
     if any(name.startswith("ae_model.") for name in weights.arrays):
         weights = weights.below("ae_model.")
     table = weights.shape("encoder.embed_tokens.weight")
@@ -62,8 +64,9 @@ def load_autoencoder(folder: str | Path) -> Autoencoder:
 def load_latent_lm(folder: str | Path) -> LatentLM:
     """The next-vector language model of a published folder, in float32. The autoencoder inside the file is left alone."""
     folder = Path(folder)
-    config, weights = _Config(folder), _Weights(folder)
-    std, blocks = config.number("initializer_range"), config.integer("num_mlp_layers")
+    config, weights = PublishedConfig(folder), PublishedWeights(folder)
+    std = config.number("initializer_range")
+    weights.merge_aliases("mlp_generator.", "generative_head.")
     ours = LatentLMConfig(
         vocab_size=config.integer("vocab_size"),
         chunk_size=config.integer("patch_size"),
@@ -77,13 +80,13 @@ def load_latent_lm(folder: str | Path) -> LatentLM:
             rope_theta=config.number("rope_theta"),
             init_std=std,
         ),
-        head=EnergyHeadConfig(num_blocks=blocks, noise_dim=config.integer("noise_size"), init_std=std),
+        head=_head_config(config, weights),
         init_std=std,
     )
     for name in [name for name in weights.arrays if name.startswith("ae_model.") or name.endswith(".rotary_emb.inv_freq")]:
         del weights.arrays[name]
-    weights.merge_aliases("mlp_generator.", "generative_head.")
-    arrays = _stem(weights, ours) | _backbone(weights, ours.backbone) | _head(weights, ours)
+    head = _energy_head if isinstance(ours.head, EnergyHeadConfig) else _stepwise_head
+    arrays = _stem(weights, ours) | _backbone(weights, ours.backbone) | head(weights, ours)
     weights.finish()
     return build_with_weights(ours, arrays, where=str(folder))
 
@@ -94,17 +97,41 @@ def training_settings(folder: str | Path) -> dict[str, int | float]:
     A language model has alpha and num_samples; an autoencoder kl_weight, kl_clamp, and one dropout rate that serves both
     token_dropout and latent_dropout.
     """
-    values = _Config(Path(folder)).values
+    values = PublishedConfig(Path(folder)).values
     settings = {ours: values[theirs] for theirs, ours in _TRAINING.items() if theirs in values}
     if "ae_dropout" in values:
         settings |= {"token_dropout": values["ae_dropout"], "latent_dropout": values["ae_dropout"]}
     return settings
 
 
+def holds_language_model(folder: str | Path) -> bool:
+    """Whether a published folder holds a language model, and not an autoencoder."""
+    return any(name.startswith("transformer.") for name in PublishedWeights(Path(folder)).arrays)
+
+
+def block_tokens(folder: str | Path) -> int:
+    """The longest text in tokens that a published language model is made for: its positions are chunks."""
+    config = PublishedConfig(Path(folder))
+    return config.integer("max_position_embeddings") * config.integer("patch_size")
+
+
+def _head_config(config: PublishedConfig, weights: PublishedWeights) -> HeadConfig:
+    """The kind of head shows in its weights; config.json of some published models does not name it."""
+    blocks, last = config.integer("num_mlp_layers"), "generative_head.net.final_layer.linear.weight"
+    if last not in weights.arrays:
+        return EnergyHeadConfig(
+            num_blocks=blocks, noise_dim=config.integer("noise_size"), init_std=config.number("initializer_range")
+        )
+    draws, latent_dim = config.integer("num_samples"), config.integer("latent_size")
+    if weights.shape(last)[0] == 2 * latent_dim:
+        return DiffusionHeadConfig(num_blocks=blocks, num_steps=100, num_draws=draws, prediction="noise")
+    return FlowHeadConfig(num_blocks=blocks, solver="midpoint", num_steps=10, num_draws=draws)
+
+
 # -- weights by name --------------------------------------------------------------------------------------------------
 
 
-def _autoencoder(weights: "_Weights", config: AutoencoderConfig) -> dict[str, np.ndarray]:
+def _autoencoder(weights: PublishedWeights, config: AutoencoderConfig) -> dict[str, np.ndarray]:
     dim, inner = config.dim, config.inner_dim
     arrays = {"embedding": weights.take("encoder.embed_tokens.weight", config.vocab_size, dim)}
     if "decoder.lm_head_weight" in weights.arrays:
@@ -139,7 +166,7 @@ def _autoencoder(weights: "_Weights", config: AutoencoderConfig) -> dict[str, np
     return arrays
 
 
-def _stem(weights: "_Weights", config: LatentLMConfig) -> dict[str, np.ndarray]:
+def _stem(weights: PublishedWeights, config: LatentLMConfig) -> dict[str, np.ndarray]:
     dim = config.backbone.dim
     return {
         "stem.embedding": weights.take("transformer.embed_tokens.weight", config.vocab_size, dim),
@@ -149,7 +176,7 @@ def _stem(weights: "_Weights", config: LatentLMConfig) -> dict[str, np.ndarray]:
     }
 
 
-def _backbone(weights: "_Weights", config: BackboneConfig) -> dict[str, np.ndarray]:
+def _backbone(weights: PublishedWeights, config: BackboneConfig) -> dict[str, np.ndarray]:
     dim, kv_dim = config.dim, config.dim // config.num_heads * config.num_kv_heads
 
     def layer(index: int) -> dict[str, np.ndarray]:
@@ -168,8 +195,9 @@ def _backbone(weights: "_Weights", config: BackboneConfig) -> dict[str, np.ndarr
     return blocks | {"backbone.norm.scale": weights.take("transformer.norm.weight", dim)}
 
 
-def _head(weights: "_Weights", config: LatentLMConfig) -> dict[str, np.ndarray]:
+def _energy_head(weights: PublishedWeights, config: LatentLMConfig) -> dict[str, np.ndarray]:
     dim = config.backbone.dim
+    assert isinstance(config.head, EnergyHeadConfig)
 
     def block(index: int) -> dict[str, np.ndarray]:
         at = f"generative_head.mlp_blocks.{index}"
@@ -197,138 +225,45 @@ def _head(weights: "_Weights", config: LatentLMConfig) -> dict[str, np.ndarray]:
     }
 
 
+def _stepwise_head(weights: PublishedWeights, config: LatentLMConfig) -> dict[str, np.ndarray]:
+    """Of a flow or a diffusion head: the network that is asked at every step."""
+    dim, net = config.backbone.dim, "generative_head.net"
+    width = config.latent_dim * (2 if isinstance(config.head, DiffusionHeadConfig) else 1)
+
+    def block(index: int) -> dict[str, np.ndarray]:
+        at = f"{net}.res_blocks.{index}"
+        return {
+            **_norm(weights, "norm", f"{at}.in_ln", dim),
+            **_dense(weights, "inner", f"{at}.mlp.0", dim, dim),
+            **_dense(weights, "outer", f"{at}.mlp.2", dim, dim),
+            **_dense(weights, "modulation", f"{at}.adaLN_modulation.1", dim, 3 * dim),
+        }
+
+    return {
+        **_dense(weights, "head.net.embed_latent", f"{net}.input_proj", config.latent_dim, dim),
+        **_dense(weights, "head.net.embed_hidden", f"{net}.cond_embed", dim, dim),
+        **_dense(weights, "head.net.time_inner", f"{net}.time_embed.mlp.0", 2 * FREQUENCIES, dim),
+        **_dense(weights, "head.net.time_outer", f"{net}.time_embed.mlp.2", dim, dim),
+        **_stacked("head.net.blocks.layer", config.head.num_blocks, block),
+        **_dense(weights, "head.net.modulation_out", f"{net}.final_layer.adaLN_modulation.1", dim, 2 * dim),
+        **_dense(weights, "head.net.out", f"{net}.final_layer.linear", dim, width),
+    }
+
+
 def _stacked(ours: str, count: int, layer: Callable[[int], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
     layers = [layer(index) for index in range(count)]
     return {f"{ours}.{name}": np.stack([arrays[name] for arrays in layers]) for name in layers[0]}
 
 
-def _mlp(weights: "_Weights", theirs: str, dim: int, inner_dim: int) -> dict[str, np.ndarray]:
+def _mlp(weights: PublishedWeights, theirs: str, dim: int, inner_dim: int) -> dict[str, np.ndarray]:
     gate, up = (weights.kernel(f"{theirs}.{name}_proj", dim, inner_dim) for name in ("gate", "up"))
     down = weights.kernel(f"{theirs}.down_proj", inner_dim, dim)
     return {"mlp.gate_up.kernel": np.concatenate([gate, up], axis=1), "mlp.down.kernel": down}
 
 
-def _dense(weights: "_Weights", ours: str, theirs: str, in_dim: int, out_dim: int) -> dict[str, np.ndarray]:
+def _dense(weights: PublishedWeights, ours: str, theirs: str, in_dim: int, out_dim: int) -> dict[str, np.ndarray]:
     return {f"{ours}.kernel": weights.kernel(theirs, in_dim, out_dim), f"{ours}.bias": weights.take(f"{theirs}.bias", out_dim)}
 
 
-def _norm(weights: "_Weights", ours: str, theirs: str, dim: int) -> dict[str, np.ndarray]:
+def _norm(weights: PublishedWeights, ours: str, theirs: str, dim: int) -> dict[str, np.ndarray]:
     return {f"{ours}.scale": weights.take(f"{theirs}.weight", dim), f"{ours}.bias": weights.take(f"{theirs}.bias", dim)}
-
-
-# -- files ------------------------------------------------------------------------------------------------------------
-
-
-class _Config:
-    """config.json of a folder, read with types; settings that our models cannot express are refused."""
-
-    def __init__(self, folder: Path):
-        self.path = folder / "config.json"
-        self.values = read_json(self.path)
-        for key, value in _FIXED.items():
-            if self.values.get(key, value) != value:
-                raise UsageError(f"{self.path}: {key} is {self.values[key]!r}; only {value!r} is supported")
-
-    def number(self, key: str) -> float:
-        return float(self._value(key, None))
-
-    def integer(self, key: str, default: int | None = None) -> int:
-        value = self._value(key, default)
-        if not isinstance(value, int) or value < 1:
-            raise UsageError(f"{self.path}: {key} should be a whole number of at least 1, got {value!r}")
-        return value
-
-    def _value(self, key: str, default: int | None) -> int | float:
-        value = self.values.get(key, default)
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise UsageError(f"{self.path}: {key} should be a number, {'is missing' if value is None else f'got {value!r}'}")
-        return value
-
-
-class _Weights:
-    """The arrays of a folder by published name. Each is taken once, with its shape; what is left over is an error."""
-
-    def __init__(self, folder: Path, arrays: dict[str, np.ndarray] | None = None):
-        self.folder, self.where = folder, str(folder)
-        self.arrays = _read_weights(folder) if arrays is None else arrays
-
-    def below(self, prefix: str) -> "_Weights":
-        return _Weights(self.folder, {k.removeprefix(prefix): v for k, v in self.arrays.items() if k.startswith(prefix)})
-
-    def shape(self, name: str) -> tuple[int, int]:
-        array = self.arrays.get(name)
-        if array is None or array.ndim != 2:
-            raise UsageError(f"{self.where}: weight {name!r} is {'missing' if array is None else 'not a matrix'}")
-        return array.shape[0], array.shape[1]
-
-    def count(self, prefix: str) -> int:
-        """How many layers `prefix.0`, `prefix.1`, ... there are."""
-        return len({name.removeprefix(f"{prefix}.").split(".")[0] for name in self.arrays if name.startswith(f"{prefix}.")})
-
-    def take(self, name: str, *shape: int) -> np.ndarray:
-        if name not in self.arrays:
-            raise UsageError(f"{self.where}: weight {name!r} is missing")
-        array = self.arrays.pop(name)
-        if array.shape != shape:
-            raise UsageError(f"{self.where}: weight {name!r} has shape {array.shape}, config.json needs {shape}")
-        return array
-
-    def kernel(self, name: str, in_dim: int, out_dim: int) -> np.ndarray:
-        return self.take(f"{name}.weight", out_dim, in_dim).T
-
-    def merge_aliases(self, alias: str, prefix: str) -> None:
-        """`alias*` and `prefix*` are two names of the same weights; a file may hold either or both."""
-        for name in [name for name in self.arrays if name.startswith(alias)]:
-            array, twin = self.arrays.pop(name), prefix + name.removeprefix(alias)
-            if not np.array_equal(self.arrays.setdefault(twin, array), array):
-                raise UsageError(f"{self.where}: weights {name!r} and {twin!r} differ; they must be the same")
-
-    def finish(self) -> None:
-        if self.arrays:
-            first = min(self.arrays)
-            raise UsageError(f"{self.where}: {len(self.arrays)} weights that this model does not have, the first is {first!r}")
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object of a JSON file; one that is missing or malformed is a `UsageError`."""
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UsageError(f"{path}: cannot be read ({error.strerror or error})") from error
-    except ValueError as error:
-        raise UsageError(f"{path}: not valid JSON ({error})") from error
-    if not isinstance(values, dict):
-        raise UsageError(f"{path}: expected a JSON object")
-    return values
-
-
-def read_safetensors(path: Path) -> dict[str, np.ndarray]:
-    """The arrays of a .safetensors file; one that is missing or damaged is a `UsageError`."""
-    import safetensors
-    from safetensors.numpy import load_file
-
-    try:
-        return load_file(path)
-    except OSError as error:
-        raise UsageError(f"{path}: cannot be read ({error.strerror or error})") from error
-    except safetensors.SafetensorError as error:
-        raise UsageError(f"{path}: damaged or cut short ({error})") from error
-
-
-def _read_weights(folder: Path) -> dict[str, np.ndarray]:
-    """model.safetensors, else pytorch_model.bin, each whole or in the shards of its index file."""
-    readers: dict[str, Callable[[Path], dict[str, np.ndarray]]] = {
-        "model.safetensors": read_safetensors,
-        "pytorch_model.bin": load_torch,
-    }
-    for name, read in readers.items():
-        index = folder / f"{name}.index.json"
-        if (folder / name).is_file():
-            return read(folder / name)
-        if index.is_file():
-            files = read_json(index).get("weight_map", {})
-            shards = sorted(set(files.values())) if isinstance(files, dict) else []
-            if not all(isinstance(shard, str) and Path(shard).name == shard for shard in shards):
-                raise UsageError(f"{index}: weight_map should map names of weights to files of this folder")
-            return {key: array for shard in shards for key, array in read(folder / shard).items()}
-    raise UsageError(f"{folder}: no weights here; expected {' or '.join(readers)}")
