@@ -10,7 +10,7 @@ import dataclasses
 import importlib.metadata
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,12 +22,14 @@ from calm.errors import CalmError, UsageError
 from calm.interop.published_files import read_json, read_safetensors
 from calm.interop.weights import build_with_weights, flat_weights
 from calm.models import LatentLM, LatentLMConfig
-from calm.nn import Precision
+from calm.models.token_lm import TokenLM, TokenLMConfig
+from calm.nn import BackboneConfig, Precision
 
-AUTOENCODER, LATENT_LM = "calm-autoencoder", "calm-latent-lm"  # model_type in config.json
+AUTOENCODER, LATENT_LM, TOKEN_LM = "calm-autoencoder", "calm-latent-lm", "calm-token-lm"  # model_type in config.json
+MODEL_TYPES = (AUTOENCODER, LATENT_LM, TOKEN_LM)
 AUTOENCODER_FOLDER = "autoencoder"
 WEIGHTS, CONFIG, TOKENIZER, CARD = "model.safetensors", "config.json", "tokenizer.json", "README.md"
-Config = TypeVar("Config", AutoencoderConfig, LatentLMConfig)
+Config = TypeVar("Config", AutoencoderConfig, LatentLMConfig, TokenLMConfig)
 Writer = Callable[[Path], object]  # writes one file at the path that it is given
 
 
@@ -48,10 +50,16 @@ class ModelCard:
     """the command that reproduces the model"""
 
 
-def export_autoencoder(autoencoder: Autoencoder, folder: str | Path) -> None:
-    """Writes config.json and model.safetensors into `folder`, which is made if it is missing."""
+def export_autoencoder(
+    autoencoder: Autoencoder, folder: str | Path, *, training: Mapping[str, int | float] | None = None
+) -> None:
+    """Writes config.json and model.safetensors into `folder`, which is made if it is missing.
+
+    `training` is what is known of how it was trained, under the names of our loss configuration; it goes into config.json.
+    """
     config = autoencoder.config
-    _write(Path(folder), {CONFIG: _json(_description(AUTOENCODER, config, config)), WEIGHTS: _weights(autoencoder)})
+    description = _description(AUTOENCODER, config, config) | ({"training": dict(training)} if training else {})
+    _write(Path(folder), {CONFIG: _json(description), WEIGHTS: _weights(autoencoder)})
 
 
 def export_latent_lm(
@@ -62,10 +70,11 @@ def export_latent_lm(
     card: ModelCard | None = None,
     *,
     block_tokens: int | None = None,
+    training: Mapping[str, int | float] | None = None,
 ) -> None:
     """Writes the language model, its autoencoder in `folder/autoencoder`, the tokenizer's file and the model card.
 
-    `block_tokens` is the length of a training sequence, if known. `folder` is made if it is missing. An earlier export in it
+    `block_tokens` is the length of a training sequence, if known; `training` as in `export_autoencoder`. `folder` is made if it is missing. An earlier export in it
     is replaced; a config.json of another program is not.
     """
     folder, config = Path(folder), lm.config
@@ -78,6 +87,8 @@ def export_latent_lm(
     description = _description(LATENT_LM, config, autoencoder.config) | {"autoencoder": AUTOENCODER_FOLDER}
     if block_tokens is not None:
         description["block_tokens"] = block_tokens
+    if training:
+        description["training"] = dict(training)
     files: dict[str, Writer] = {CONFIG: _json(description), WEIGHTS: _weights(lm)}
     files[CARD] = _text(_card(card or ModelCard(), lm, autoencoder))
     if tokenizer_path is not None:
@@ -86,6 +97,16 @@ def export_latent_lm(
     _refuse_foreign(folder)
     export_autoencoder(autoencoder, folder / AUTOENCODER_FOLDER)
     _write(folder, files)
+
+
+def export_token_lm(lm: TokenLM, folder: str | Path, card: ModelCard | None = None, *, block_tokens: int | None = None) -> None:
+    """Writes config.json, model.safetensors and the model card of a token model; `block_tokens` as in `export_latent_lm`."""
+    description = _description(TOKEN_LM, lm.config, lm.config)
+    if block_tokens is not None:
+        description["block_tokens"] = block_tokens
+    folder = Path(folder)
+    text = _token_card(card or ModelCard(name="A token language model, the baseline of a continuous one"), lm)
+    _write(folder, {CONFIG: _json(description), WEIGHTS: _weights(lm), CARD: _text(text)})
 
 
 def load_exported_autoencoder(folder: str | Path, precision: Precision = "float32") -> Autoencoder:
@@ -102,6 +123,11 @@ def load_exported_latent_lm(folder: str | Path, precision: Precision = "float32"
     return _load(Path(folder), LATENT_LM, LatentLMConfig, precision)
 
 
+def load_exported_token_lm(folder: str | Path, precision: Precision = "float32") -> TokenLM:
+    """The token model that `export_token_lm` wrote."""
+    return _load(Path(folder), TOKEN_LM, TokenLMConfig, precision)
+
+
 def _load(folder: Path, model_type: str, config_type: type[Config], precision: Precision) -> Any:
     path = folder / CONFIG
     description = read_json(path)
@@ -115,7 +141,12 @@ def _load(folder: Path, model_type: str, config_type: type[Config], precision: P
 # -- what the files say -----------------------------------------------------------------------------------------------
 
 
-def _description(model_type: str, config: AutoencoderConfig | LatentLMConfig, sizes: AutoencoderConfig) -> dict[str, Any]:
+def _description(
+    model_type: str,
+    config: AutoencoderConfig | LatentLMConfig | TokenLMConfig,
+    sizes: AutoencoderConfig | TokenLMConfig,
+) -> dict[str, Any]:
+    latent = {} if isinstance(sizes, TokenLMConfig) else {"latent_dim": sizes.latent_dim}
     return {
         "model_type": model_type,
         "library_name": "calm-lm",
@@ -123,7 +154,7 @@ def _description(model_type: str, config: AutoencoderConfig | LatentLMConfig, si
         "torch_dtype": "float32",  # the key that model hubs read
         "vocab_size": sizes.vocab_size,
         "chunk_size": sizes.chunk_size,
-        "latent_dim": sizes.latent_dim,
+        **latent,
         "config": configuration.to_dict(config),
     }
 
@@ -160,24 +191,60 @@ autoencoder = load_exported_autoencoder(folder)
 {results}{command}"""
 
 
+_TOKEN_CARD = """---
+{header}
+---
+# {name}
+
+{summary}A decoder-only transformer over tokens, with the backbone of a continuous autoregressive language model
+([CALM](https://arxiv.org/abs/2510.27688)): what that one is measured against.
+
+| | |
+|---|---|
+| parameters | {parameters:,} |
+| vocabulary V | {vocab_size} |
+| width, layers, heads | {dim}, {num_layers}, {num_heads} |
+
+## Use
+
+```python
+from calm.interop.export import load_exported_token_lm
+
+lm = load_exported_token_lm(folder)
+```
+{results}{command}"""
+
+
 def _card(card: ModelCard, lm: LatentLM, autoencoder: Autoencoder) -> str:
-    header: dict[str, Any] = {"library_name": "calm-lm", "pipeline_tag": "text-generation", "tags": ["calm", "jax", "flax"]}
-    header |= {"license": card.license} if card.license else {}
-    header |= {"language": list(card.languages)} if card.languages else {}
-    header |= {"datasets": list(card.datasets)} if card.datasets else {}
-    rows = "".join(f"| {' | '.join(cell.replace('|', '/') for cell in row)} |\n" for row in card.results)
     return _CARD.format(
-        header="\n".join(f"{key}: {json.dumps(value)}" for key, value in header.items()),  # JSON is YAML
-        name=card.name,
-        summary=f"{card.summary}\n\n" if card.summary else "",
+        **_common(card, lm.config.backbone),
         lm_parameters=lm.config.parameters(),
         autoencoder_parameters=autoencoder.config.parameters(),
         chunk_size=lm.config.chunk_size,
         latent_dim=lm.config.latent_dim,
         vocab_size=lm.config.vocab_size,
-        dim=lm.config.backbone.dim,
-        num_layers=lm.config.backbone.num_layers,
-        num_heads=lm.config.backbone.num_heads,
+    )
+
+
+def _token_card(card: ModelCard, lm: TokenLM) -> str:
+    sizes = dict(parameters=lm.config.parameters(), vocab_size=lm.config.vocab_size)
+    return _TOKEN_CARD.format(**_common(card, lm.config.backbone), **sizes)
+
+
+def _common(card: ModelCard, backbone: BackboneConfig) -> dict[str, Any]:
+    """What both cards say."""
+    header: dict[str, Any] = {"library_name": "calm-lm", "pipeline_tag": "text-generation", "tags": ["calm", "jax", "flax"]}
+    header |= {"license": card.license} if card.license else {}
+    header |= {"language": list(card.languages)} if card.languages else {}
+    header |= {"datasets": list(card.datasets)} if card.datasets else {}
+    rows = "".join(f"| {' | '.join(cell.replace('|', '/') for cell in row)} |\n" for row in card.results)
+    return dict(
+        header="\n".join(f"{key}: {json.dumps(value)}" for key, value in header.items()),  # JSON is YAML
+        name=card.name,
+        summary=f"{card.summary}\n\n" if card.summary else "",
+        dim=backbone.dim,
+        num_layers=backbone.num_layers,
+        num_heads=backbone.num_heads,
         results=f"\n## Results\n\n| metric | value | protocol |\n|---|---|---|\n{rows}" if rows else "",
         command=f"\n## Training\n\n```\n{card.command}\n```\n" if card.command else "",
     )
@@ -203,7 +270,7 @@ def _text(text: str) -> Writer:
 def _refuse_foreign(folder: Path) -> None:
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"{folder}: is a file; expected a folder to export to")
-    if (folder / CONFIG).is_file() and read_json(folder / CONFIG).get("model_type") not in (AUTOENCODER, LATENT_LM):
+    if (folder / CONFIG).is_file() and read_json(folder / CONFIG).get("model_type") not in MODEL_TYPES:
         raise UsageError(f"{folder / CONFIG}: belongs to another model; export to another folder")
 
 
