@@ -30,7 +30,7 @@ from calm.autoencoder import Autoencoder, AutoencoderConfig
 from calm.errors import UsageError
 from calm.heads import DiffusionHeadConfig, EnergyHeadConfig, FlowHeadConfig, HeadConfig
 from calm.heads.modulated_mlp import FREQUENCIES
-from calm.interop.published_files import PublishedConfig, PublishedWeights
+from calm.interop.published_files import PublishedConfig, PublishedWeights, weight_names
 from calm.interop.weights import build_with_weights
 from calm.models import LatentLM, LatentLMConfig
 from calm.nn import BackboneConfig
@@ -106,7 +106,12 @@ def training_settings(folder: str | Path) -> dict[str, int | float]:
 
 def holds_language_model(folder: str | Path) -> bool:
     """Whether a published folder holds a language model, and not an autoencoder."""
-    return any(name.startswith("transformer.") for name in PublishedWeights(Path(folder)).arrays)
+    return any(name.startswith("transformer.") for name in weight_names(Path(folder)))
+
+
+def holds_autoencoder(folder: str | Path) -> bool:
+    """Whether a published folder holds an autoencoder: alone, or frozen inside a language model's file."""
+    return any(name.endswith("encoder.embed_tokens.weight") for name in weight_names(Path(folder)))
 
 
 def block_tokens(folder: str | Path) -> int:

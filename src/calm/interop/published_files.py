@@ -111,6 +111,23 @@ def read_safetensors(path: Path) -> dict[str, np.ndarray]:
         raise UsageError(f"{path}: damaged or cut short ({error})") from error
 
 
+def weight_names(folder: Path) -> set[str]:
+    """The names of a folder's weights; from the headers alone where the files have headers."""
+    whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if whole.is_file():
+        import safetensors
+
+        try:
+            with safetensors.safe_open(whole, "numpy") as file:
+                return set(file.keys())
+        except safetensors.SafetensorError as error:
+            raise UsageError(f"{whole}: damaged or cut short ({error})") from error
+    if index.is_file():
+        files = read_json(index).get("weight_map")
+        return set(files) if isinstance(files, dict) else set()
+    return set(_read_weights(folder))
+
+
 def _read_weights(folder: Path) -> dict[str, np.ndarray]:
     """model.safetensors, else pytorch_model.bin, each whole or in the shards of its index file."""
     readers: dict[str, Callable[[Path], dict[str, np.ndarray]]] = {
