@@ -13,47 +13,58 @@ from calm.autoencoder import Autoencoder
 from calm.errors import UsageError
 from calm.interop.export import (
     LATENT_LM,
+    TOKEN_LM,
     ModelCard,
     export_autoencoder,
     export_latent_lm,
+    export_token_lm,
     load_exported_autoencoder,
     load_exported_latent_lm,
+    load_exported_token_lm,
 )
 from calm.interop.published_files import read_json
-from calm.models import LatentLM, NextVector
+from calm.models import LatentLM, NextVector, Predictor, TokenLM
 from calm.rng import row_keys, stream
-from calm.sampling import Generated, from_temperature
+from calm.sampling import Generated, Sampler, from_temperature
 from calm.sampling import generate as generate_tokens
 from calm.sampling import stream as stream_tokens
-from calm.stages import LatentLMRun, load_autoencoder, load_lm, load_run_config, validation_blocks
+from calm.sampling.softmax import softmax_sampler
+from calm.stages import LatentLMRun, TokenLMRun, load_autoencoder, load_lm, load_run_config, validation_blocks
 from calm.text.chunking import chunk_prompt
 from calm.text.shards import Data, open_data
 from calm.text.tokenizer import Tokenizer, load_tokenizer, require_same_tokenizer
+from calm.token_stage import load_token_lm
 from calm.train.evaluate import evaluate_autoencoder, evaluate_latent_lm, evaluate_ngrams, text_protocol
 from calm.train.machine import choose_precision
+from calm.train.token_likelihood import evaluate_token_lm
 
 DEFAULT_BLOCK_TOKENS = 1024
 
 
 def load(folder: str | Path, *, precision: Literal["auto", "float32", "bfloat16"] = "float32") -> "Bundle":
-    """Loads a run folder of either stage (its best checkpoint), or a folder written by `calm export`."""
+    """Loads a run folder of any kind (its best checkpoint), or a folder written by `calm export`."""
     folder = Path(folder)
     chosen = choose_precision(precision)
-    lm: LatentLM | None = None
+    autoencoder: Autoencoder | None = None
+    lm: LatentLM | TokenLM | None = None
     if (folder / "config.json").is_file():
         description = read_json(folder / "config.json")
-        if description.get("model_type") != LATENT_LM:
-            autoencoder, tokenizer = load_autoencoder(folder, chosen)
-        else:
+        kind, path = description.get("model_type"), folder / "tokenizer.json"
+        tokenizer = load_tokenizer(path) if path.is_file() else None
+        if kind == LATENT_LM:
             autoencoder, lm = load_exported_autoencoder(folder, chosen), load_exported_latent_lm(folder, chosen)
-            path = folder / "tokenizer.json"
-            tokenizer = load_tokenizer(path) if path.is_file() else None
+        elif kind == TOKEN_LM:
+            lm = load_exported_token_lm(folder, chosen)
+        else:
+            autoencoder, tokenizer = load_autoencoder(folder, chosen)
         data, block_tokens = "", int(description.get("block_tokens", DEFAULT_BLOCK_TOKENS))
     else:
         run = load_run_config(folder)
         data, block_tokens = run.data, run.train.num_tokens
         if isinstance(run, LatentLMRun):
             lm, autoencoder, tokenizer = load_lm(folder, chosen)
+        elif isinstance(run, TokenLMRun):
+            lm, tokenizer = load_token_lm(folder, chosen)
         else:
             autoencoder, tokenizer = load_autoencoder(folder, chosen)
     if tokenizer is None:
@@ -63,12 +74,12 @@ def load(folder: str | Path, *, precision: Literal["auto", "float32", "bfloat16"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Bundle:
-    """What `calm.load` returns. `lm` is None for an autoencoder alone."""
+    """What `calm.load` returns. `lm` is None for an autoencoder alone, `autoencoder` for a token model."""
 
     folder: Path
     tokenizer: Tokenizer
-    autoencoder: Autoencoder
-    lm: LatentLM | None
+    autoencoder: Autoencoder | None
+    lm: LatentLM | TokenLM | None
     data: str
     """folder of the data it was trained on, if known"""
     block_tokens: int
@@ -77,14 +88,14 @@ class Bundle:
     def encode(self, text: str) -> Float[np.ndarray, "N Z"]:
         """The latents (posterior means) of a text, one per chunk of K tokens; the first chunk is filled with begin ids."""
         chunks = chunk_prompt(self.tokenizer.encode(text), self.chunk_size, self.tokenizer.begin_id)
-        return np.asarray(self.autoencoder.encode(jax.numpy.asarray(chunks)).mean)
+        return np.asarray(self._require_autoencoder().encode(jax.numpy.asarray(chunks)).mean)
 
     def decode(self, latents: Float[np.ndarray, "N Z"]) -> str:
         """The text of latents: the most probable token at each place. Begin, end and mask ids are left out."""
-        latents = np.asarray(latents, np.float32)
-        if latents.ndim != 2 or latents.shape[1] != self.autoencoder.config.latent_dim:
-            raise UsageError(f"latents must be [N {self.autoencoder.config.latent_dim}], got {list(latents.shape)}")
-        return self.tokenizer.decode(np.asarray(self.autoencoder.decode(jax.numpy.asarray(latents))).reshape(-1))
+        latents, autoencoder = np.asarray(latents, np.float32), self._require_autoencoder()
+        if latents.ndim != 2 or latents.shape[1] != autoencoder.config.latent_dim:
+            raise UsageError(f"latents must be [N {autoencoder.config.latent_dim}], got {list(latents.shape)}")
+        return self.tokenizer.decode(np.asarray(autoencoder.decode(jax.numpy.asarray(latents))).reshape(-1))
 
     def generate(
         self,
@@ -105,7 +116,7 @@ class Bundle:
         Returns:
             texts, tokens (counts), ended, fallback_share (of steps at which no chunk was drawn n times), draws.
         """
-        lm = self._require_lm()
+        predictor = self.predictor
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         if not prompts:
             raise UsageError("prompts: give at least one (the empty prompt is unconditional)")
@@ -114,13 +125,13 @@ class Bundle:
         options: dict[str, Any] = dict(
             special=self.tokenizer,
             max_tokens=max_tokens,
-            sampler=from_temperature(temperature, candidates),
+            sampler=self._sampler(temperature, candidates),
             context=self.block_tokens // self.chunk_size,
         )
         if stream is None:
-            result = generate_tokens(NextVector(self.autoencoder, lm), ids, keys, **options)
+            result = generate_tokens(predictor, ids, keys, **options)
         else:
-            result = self._stream(lm, ids, keys, options, stream)
+            result = self._stream(predictor, ids, keys, options, stream)
         texts = [self.tokenizer.decode(row[:length]) for row, length in zip(result.tokens, result.lengths, strict=True)]
         return {
             "texts": texts,
@@ -155,12 +166,14 @@ class Bundle:
         blocks, documents = validation_blocks(opened, self.block_tokens, split, max_tokens)
         text = text_protocol(opened, split, block_tokens=self.block_tokens, chunk_size=self.chunk_size, seed=seed)
         key = stream(jax.random.key(seed), "evaluate")
-        scores: dict[str, Any] = {
-            "autoencoder": evaluate_autoencoder(self.autoencoder, blocks, documents, key, noise=noise, text=text)
-        }
-        if self.lm is not None:
+        scores: dict[str, Any] = {}
+        if self.autoencoder is not None:
+            scores["autoencoder"] = evaluate_autoencoder(self.autoencoder, blocks, documents, key, noise=noise, text=text)
+        if isinstance(self.lm, TokenLM):
+            scores["lm"] = evaluate_token_lm(self.lm, blocks, documents, text=text, name="token LM")
+        elif self.lm is not None:
             scores["lm"] = evaluate_latent_lm(
-                self.autoencoder,
+                self._require_autoencoder(),
                 self.lm,
                 blocks,
                 documents,
@@ -170,6 +183,7 @@ class Bundle:
                 text=text,
                 name="CALM",
             )
+        if self.lm is not None:
             vocab_size = self.tokenizer.vocab_size
             train = self._training_data(opened).split("train")
             scores |= evaluate_ngrams(train, vocab_size, blocks, documents, chunk_size=self.chunk_size, text=text)
@@ -177,32 +191,52 @@ class Bundle:
 
     def export(self, folder: str | Path, card: ModelCard | None = None) -> None:
         """Writes safetensors, config.json, tokenizer.json and a model card."""
-        if self.lm is None:
-            export_autoencoder(self.autoencoder, folder)
-            self.tokenizer.save(Path(folder) / "tokenizer.json")
-            return
-        export_latent_lm(self.lm, self.autoencoder, folder, card=card, block_tokens=self.block_tokens)
+        if isinstance(self.lm, TokenLM):
+            export_token_lm(self.lm, folder, card, block_tokens=self.block_tokens)
+        elif self.lm is None:
+            export_autoencoder(self._require_autoencoder(), folder)
+        else:
+            export_latent_lm(self.lm, self._require_autoencoder(), folder, card=card, block_tokens=self.block_tokens)
         self.tokenizer.save(Path(folder) / "tokenizer.json")
 
     @property
+    def predictor(self) -> Predictor:
+        """The model as generation and evaluation take it."""
+        if isinstance(self.lm, TokenLM):
+            return self.lm
+        return NextVector(self._require_autoencoder(), self._require_lm())
+
+    @property
     def chunk_size(self) -> int:
-        return self.autoencoder.config.chunk_size
+        """K; 1 for a token model."""
+        return 1 if self.autoencoder is None else self.autoencoder.config.chunk_size
 
     def _training_data(self, otherwise: Data) -> Data:
         return open_data(self.data) if self.data and (Path(self.data) / "manifest.json").is_file() else otherwise
 
     def _require_lm(self) -> LatentLM:
-        if self.lm is None:
+        if self.lm is None or isinstance(self.lm, TokenLM):
             raise UsageError(f"{self.folder}: holds an autoencoder only; name the run of a language model")
         return self.lm
 
+    def _sampler(self, temperature: float | str, candidates: int) -> Sampler:
+        """By probabilities where the model has them, else by counts of `candidates` draws."""
+        if isinstance(self.lm, TokenLM):
+            return softmax_sampler(temperature)
+        return from_temperature(temperature, candidates)
+
+    def _require_autoencoder(self) -> Autoencoder:
+        if self.autoencoder is None:
+            raise UsageError(f"{self.folder}: holds a token model, which has no latents; name the run of an autoencoder")
+        return self.autoencoder
+
     def _stream(
-        self, lm: LatentLM, ids: list[np.ndarray], keys: Any, options: dict[str, Any], say: Callable[[str], None]
+        self, predictor: Predictor, ids: list[np.ndarray], keys: Any, options: dict[str, Any], say: Callable[[str], None]
     ) -> Generated:
         if len(ids) != 1:
             raise UsageError(f"stream: takes one prompt, got {len(ids)}")
         written, so_far = "", []
-        chunks = stream_tokens(NextVector(self.autoencoder, lm), ids, keys, **options)
+        chunks = stream_tokens(predictor, ids, keys, **options)
         while True:
             try:
                 so_far.append(next(chunks)[0])

@@ -53,7 +53,7 @@ class Evaluate:
     def show(self, scores: dict[str, Any]) -> str:
         from calm.report.scores import brier_table
 
-        parts = [scores["autoencoder"].table()]
+        parts = [scores["autoencoder"].table()] if "autoencoder" in scores else []
         if "lm" in scores:
             parts += [
                 brier_table([scores[name] for name in ("lm", "bigram", "unigram")]),

@@ -84,17 +84,23 @@ def _invert(weights: Float[Array, "R #S X"], uniforms: Float[Array, "R S"]) -> I
     return jnp.where(above.any(-1), jnp.argmax(above, axis=-1), jnp.argmax(weights, axis=-1))
 
 
-def token_nats(
+def nats_and_match(
     states: Float[Array, "*b W"], table: Float[Array, "V W"], targets: Int[Array, "*b"], precision: Precision
-) -> Float[Array, "*b"]:
-    """-log softmax(states . table)[target] in nats at every position, a block of rows at a time."""
+) -> tuple[Float[Array, "*b"], Float[Array, "*b"]]:
+    """-log p(target) in nats, and sum_x p(x)^2, at every position, with p = softmax(states . table).
+
+    The second is how probable two independent draws are to match. A block of rows at a time, so no more logits exist at once.
+    """
     columns = operand(table, precision).T
 
     def block(states: Array, targets: Array) -> Array:
         logits = product(operand(states, precision), columns)
-        return jax.nn.logsumexp(logits, axis=-1) - jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
+        log_p = logits - jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+        nats = -jnp.take_along_axis(log_p, targets[:, None], axis=-1)[:, 0]
+        return jnp.stack([nats, jnp.exp(2 * log_p).sum(-1)], axis=-1)
 
-    return by_row_blocks(block, states.reshape(-1, states.shape[-1]), targets.reshape(-1)).reshape(targets.shape)
+    both = by_row_blocks(block, states.reshape(-1, states.shape[-1]), targets.reshape(-1))
+    return both[:, 0].reshape(targets.shape), both[:, 1].reshape(targets.shape)
 
 
 def by_row_blocks(function: Callable[..., Array], *rows: Array) -> Array:

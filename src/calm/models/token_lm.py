@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from calm.autoencoder.decoder import ScoringTable
 from calm.errors import UsageError
-from calm.heads.softmax import SoftmaxHead, draw_tokens, token_nats
+from calm.heads.softmax import SoftmaxHead, draw_tokens, nats_and_match
 from calm.models.predictor import Noise
 from calm.nn.backbone import BackboneConfig, BackboneState
 from calm.nn.dense import Dense, Precision, dense_flops, matmul, operand, product
@@ -85,7 +85,8 @@ class TokenLM(nnx.Module):
     """A transformer over tokens with a softmax: what next-vector modelling is measured against.
 
     A `calm.models.predictor.Predictor` whose chunk is one token, so that the generation loop, the samplers and BrierLM treat it
-    as they treat CALM. It is always drawn from its softmax; beyond a Predictor it knows its probabilities (`logits`, `nats`).
+    as they treat CALM. It is always drawn from its softmax; beyond a Predictor it knows its probabilities (`logits`,
+    `nats_and_match`).
     """
 
     def __init__(self, config: TokenLMConfig, *, rngs: nnx.Rngs, precision: Precision = "float32"):
@@ -157,6 +158,8 @@ class TokenLM(nnx.Module):
             logits = jnp.full((states.shape[0], self.vocab_size), -jnp.inf).at[:, table.ids].set(columns)
         return logits.reshape(*hidden.shape[:-1], -1)
 
-    def nats(self, hidden: Float[Array, "*b D"], targets: Int[Array, "*b"]) -> Float[Array, "*b"]:
-        """-log p(target) at every position."""
-        return token_nats(self.head(hidden), self.table, targets, self.precision)
+    def nats_and_match(
+        self, hidden: Float[Array, "*b D"], targets: Int[Array, "*b"]
+    ) -> tuple[Float[Array, "*b"], Float[Array, "*b"]]:
+        """-log p(target), and sum_x p(x)^2, at every position."""
+        return nats_and_match(self.head(hidden), self.table, targets, self.precision)

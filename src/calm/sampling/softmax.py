@@ -1,6 +1,7 @@
 """Sampling from known probabilities: temperature and the usual filters, for models that have a softmax."""
 
 import dataclasses
+from fractions import Fraction
 from typing import Protocol, runtime_checkable
 
 import jax
@@ -10,11 +11,12 @@ from jaxtyping import Array, Bool, Float
 from calm.errors import UsageError
 from calm.heads.softmax import draw_places
 from calm.sampling.sampler import Choice, Source, StepKeys
+from calm.sampling.temperature import exact_temperature
 
 
 @runtime_checkable
-class SourceWithLogits(Source, Protocol):
-    """A source that says probabilities as well."""
+class SourceWithLogits(Protocol):
+    """A source that says probabilities."""
 
     def logits(self) -> Float[Array, "B V"]:
         """Of every row's next token; minus infinity for banned ones."""
@@ -69,3 +71,16 @@ class SoftmaxSampler:
             inside = (in_order > 0) & (before < self.top_p * in_order.sum(-1, keepdims=True))
             least = jnp.maximum(least, jnp.where(inside, in_order, jnp.inf).min(-1, keepdims=True))
         return weights >= least
+
+
+def softmax_sampler(
+    temperature: float | int | str | Fraction = 1,
+    *,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+) -> SoftmaxSampler:
+    """The sampler that some options ask for: temperatures as in `calm.sampling.from_temperature`, none = no filter."""
+    return SoftmaxSampler(
+        temperature=float(exact_temperature(temperature)), top_k=top_k or 0, top_p=top_p or 1.0, min_p=min_p or 0.0
+    )
