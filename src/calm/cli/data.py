@@ -14,11 +14,13 @@ class DataPrepare:
     """Turn text into a tokenizer and memory-mapped token shards. Run it again after an interruption and it goes on."""
 
     source: str = "pydoc"
-    """pydoc (the documentation inside Python), a file or folder of .txt, .jsonl or .parquet, or hf:NAME[:SUBSET]"""
+    """pydoc (the documentation inside Python), a file or folder of .txt, .jsonl or .parquet, hf:NAME[:SUBSET], or a language of
+    known law: world:markov, world:grammar, world:key-value, with settings as in world:markov:words=128,tokens=5M"""
     out: Path
     """the folder to fill"""
-    tokenizer: str = "bpe:8192"
-    """bytes, bpe:SIZE (trained on the train split), a tokenizer.json, or a tiktoken rank file"""
+    tokenizer: str = "auto"
+    """bytes, bpe:SIZE (trained on the train split), words (of a world), a tokenizer.json, or a tiktoken rank file;
+    auto = words for a world, else bpe:8192"""
     field: str = "text"
     """where .jsonl, .parquet and hub records hold their text"""
     separator: str | None = None

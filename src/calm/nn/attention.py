@@ -40,6 +40,51 @@ class Window(NamedTuple):
         queries = self.offset + jnp.arange(length)[None, :, None]
         return ((keys <= queries) & (keys >= self.starts[:, None, None]))[:, None]
 
+    def after(self, length: int) -> "Window":
+        """The window behind a block of `length` positions."""
+        return self._replace(offset=self.offset + length)
+
+
+class BranchKeys(NamedTuple):
+    """Keys and values of the positions that each of R branches has read of its own, preallocated to X of them."""
+
+    keys: Float[Array, "B G R X C"]
+    values: Float[Array, "B G R X C"]
+
+
+class ForkedState(NamedTuple):
+    """A sequence that was read, its trunk, and the branches that continue it from any of its positions.
+
+    The trunk is shared: S continuations of each of N positions hold S N short states beside one long one.
+    """
+
+    trunk: AttentionState
+    own: BranchKeys
+
+
+class Fork(NamedTuple):
+    """Where the branches of a `ForkedState` stand: a block of R positions is the next position of every branch.
+
+    Branch r has read `ends[r]` positions of the trunk, and `depth` of its own behind them. `starts` is that of the trunk.
+    """
+
+    ends: Int[Array, "R"]
+    depth: Int[Array, ""]
+    starts: Int[Array, "B"]
+
+    def positions(self, length: int) -> Int[Array, "B R"]:
+        return (self.ends + self.depth)[None, :] - self.starts[:, None]
+
+    def masks(self, context: int, capacity: int) -> tuple[Bool[Array, "B 1 1 R P"], Bool[Array, "X"]]:
+        """Which positions of the trunk each branch sees, and which of its own."""
+        keys = jnp.arange(context)
+        trunk = (keys < self.ends[:, None])[None] & (keys >= self.starts[:, None])[:, None]
+        return trunk[:, None, None], jnp.arange(capacity) <= self.depth
+
+    def after(self, length: int) -> "Fork":
+        """Every branch has read one more position."""
+        return self._replace(depth=self.depth + 1)
+
 
 class CausalAttention(nnx.Module):
     """Multi-head attention to the past, H query heads over G key-value heads (Ainslie et al. 2023, arXiv:2305.13245).
@@ -72,9 +117,11 @@ class CausalAttention(nnx.Module):
         return AttentionState(zeros, zeros)
 
     def __call__(
-        self, hidden: Float[Array, "B N D"], state: AttentionState | None, window: Window
-    ) -> tuple[Float[Array, "B N D"], AttentionState | None]:
-        """Without a state the block is the whole sequence; with one, the block continues what the state has read."""
+        self, hidden: Float[Array, "B N D"], state: AttentionState | ForkedState | None, window: Window | Fork
+    ) -> tuple[Float[Array, "B N D"], AttentionState | ForkedState | None]:
+        """Without a state the block is the whole sequence; with one, the block continues what the state has read. With a forked
+        state its positions are the next ones of as many branches.
+        """
         batch, length, _ = hidden.shape
         heads = self.qkv(hidden).reshape(batch, length, -1, self.head_dim)
         query, key, value = jnp.split(heads, [self.num_heads, self.num_heads + self.num_kv_heads], axis=2)
@@ -82,6 +129,11 @@ class CausalAttention(nnx.Module):
         query = operand(rotate(query, positions, self.rope_theta), self.precision)
         key = operand(rotate(key, positions, self.rope_theta), self.precision)
         value = operand(value, self.precision)
+        if isinstance(state, ForkedState):
+            assert isinstance(window, Fork)
+            mixed, state = _branch_attention(query, key, value, state, window)
+            return self.out(mixed.reshape(batch, length, -1)), state
+        assert isinstance(window, Window)
         if state is not None:
             at = (0, 0, window.offset, 0)
             state = AttentionState(
@@ -97,3 +149,30 @@ class CausalAttention(nnx.Module):
         """Forward FLOPs of one position that attends to `context` positions (masked ones are computed and counted)."""
         kv_dim = dim // num_heads * num_kv_heads
         return dense_flops(dim, dim + 2 * kv_dim) + 4 * context * dim + dense_flops(dim, dim)
+
+
+def _branch_attention(
+    query: Float[Array, "B R H C"], key: Float[Array, "B R G C"], value: Float[Array, "B R G C"], state: ForkedState, fork: Fork
+) -> tuple[Float[Array, "B R H C"], ForkedState]:
+    """Each branch attends to its part of the trunk and to its own positions, in one softmax."""
+    batch, branches, num_heads, width = query.shape
+    (trunk_keys, trunk_values), (own_keys, own_values) = state
+    dtype = trunk_keys.dtype
+    at = (0, 0, 0, fork.depth, 0)
+    own_keys = jax.lax.dynamic_update_slice(own_keys, key.swapaxes(1, 2)[:, :, :, None].astype(dtype), at)
+    own_values = jax.lax.dynamic_update_slice(own_values, value.swapaxes(1, 2)[:, :, :, None].astype(dtype), at)
+
+    grouped = query.reshape(batch, branches, key.shape[2], -1, width).astype(dtype)
+    products = dict(preferred_element_type=jnp.float32)
+    to_trunk = jnp.einsum("brghc,bgpc->bghrp", grouped, trunk_keys, **products)
+    to_own = jnp.einsum("brghc,bgrxc->bghrx", grouped, own_keys, **products)
+    context, capacity = trunk_keys.shape[2], own_keys.shape[3]
+    on_trunk, on_own = fork.masks(context, capacity)
+    scores = jnp.concatenate(
+        [jnp.where(on_trunk, to_trunk, -jnp.inf), jnp.where(on_own, to_own, -jnp.inf)],
+        axis=-1,
+    )
+    weights = jax.nn.softmax(scores * width**-0.5, axis=-1).astype(dtype)
+    mixed = jnp.einsum("bghrp,bgpc->brghc", weights[..., :context], trunk_values, **products)
+    mixed += jnp.einsum("bghrx,bgrxc->brghc", weights[..., context:], own_values, **products)
+    return mixed.reshape(batch, branches, num_heads, width), ForkedState(state.trunk, BranchKeys(own_keys, own_values))

@@ -1,7 +1,7 @@
 """The transformer that both language models share: chunks or tokens in front of it are the model's affair."""
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,10 +9,12 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from calm.errors import UsageError
-from calm.nn.attention import AttentionState, CausalAttention, Window
+from calm.nn.attention import AttentionState, BranchKeys, CausalAttention, Fork, ForkedState, Window
 from calm.nn.dense import Precision
 from calm.nn.mlp import SwiGLU
 from calm.nn.stack import Stack
+
+LayerState = AttentionState | ForkedState | None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,12 +56,27 @@ class BackboneConfig:
 class BackboneState(NamedTuple):
     """All that a sequence leaves behind: a pytree of fixed shape that can be saved, copied and rewound.
 
-    `window.offset` counts the positions read; `layers` holds each layer's state with a leading layer axis, or, for layers taken
-    apart (`calm.nn.unrolled`), one state per layer.
+    `window` says where the next positions stand; `layers` holds each layer's state with a leading layer axis, or, for layers
+    taken apart (`calm.nn.unrolled`), one state per layer.
     """
 
-    window: Window
-    layers: AttentionState | tuple[AttentionState, ...]
+    window: Window | Fork
+    layers: AttentionState | ForkedState | tuple[AttentionState, ...]
+
+    def fork(self, ends: Int[Array, "A"], num_branches: int, capacity: int) -> "BackboneState":
+        """`num_branches` continuations of the sequence that was read, from behind its first `ends[a]` positions each.
+
+        The result goes where the state went. A block `[B A*num_branches D]`, the branches of one end beside each other, is then
+        the next position of every branch; `capacity` of them can be read. A branch computes what a copy of the state, rewound to
+        its end, would compute reading it position by position, at the memory of one trunk. Shared-prefix attention as in
+        Hydragen (Juravsky et al. 2024, arXiv:2402.05099); here the prefixes are all those of one sequence.
+        """
+        if isinstance(self.window, Fork) or not isinstance(self.layers, AttentionState):
+            raise UsageError("fork: takes the state of a sequence, with layers stacked")
+        layers, batch, groups, _, width = self.layers.keys.shape
+        own = jnp.zeros((layers, batch, groups, len(ends) * num_branches, capacity, width), self.layers.keys.dtype)
+        window = Fork(jnp.repeat(ends, num_branches), jnp.zeros((), jnp.int32), self.window.starts)
+        return BackboneState(window, ForkedState(self.layers, BranchKeys(own, own)))
 
 
 class Block(nnx.Module):
@@ -80,8 +97,8 @@ class Block(nnx.Module):
         self.mlp = SwiGLU(config.dim, config.inner_dim, init_std=config.init_std, precision=precision, rngs=rngs)
 
     def __call__(
-        self, hidden: Float[Array, "B N D"], state: AttentionState | None, window: Window
-    ) -> tuple[Float[Array, "B N D"], AttentionState | None]:
+        self, hidden: Float[Array, "B N D"], state: LayerState, window: Window | Fork
+    ) -> tuple[Float[Array, "B N D"], LayerState]:
         mixed, state = self.attention(self.norm_attention(hidden), state, window)
         hidden = hidden + mixed
         return hidden + self.mlp(self.norm_mlp(hidden)), state
@@ -90,7 +107,8 @@ class Block(nnx.Module):
 class Backbone(nnx.Module):
     """Blocks, stacked and scanned, then a final RMSNorm.
 
-    `(hidden, state) -> (hidden, state)` in three equal modes: the whole sequence (no state), a block of positions, one step.
+    `(hidden, state) -> (hidden, state)` in four equal modes: the whole sequence (no state), a block of positions, one step, and
+    one step of many branches of a sequence (`BackboneState.fork`).
     """
 
     def __init__(self, config: BackboneConfig, *, rngs: nnx.Rngs, precision: Precision = "float32"):
@@ -111,11 +129,13 @@ class Backbone(nnx.Module):
         batch, length, _ = hidden.shape
         window = Window(jnp.zeros((), jnp.int32), jnp.zeros((batch,), jnp.int32)) if state is None else state.window
 
-        def step(block: Block, hidden: Array, layer_state: AttentionState | None) -> tuple[Array, AttentionState | None]:
-            return block(hidden, layer_state, window)
+        def step(block: Block, hidden: Array, layer_state: LayerState) -> tuple[Array, Any]:
+            hidden, layer_state = block(hidden, layer_state, window)
+            return hidden, layer_state.own if isinstance(layer_state, ForkedState) else layer_state  # a trunk stays as it is
 
         layers = None if state is None else state.layers
-        hidden, layers = self.blocks.scan(step, hidden, layers, remat=self.config.remat)
+        hidden, read = self.blocks.scan(step, hidden, layers, remat=self.config.remat)
         if state is not None:
-            state = BackboneState(window._replace(offset=window.offset + length), layers)
+            layers = ForkedState(layers.trunk, read) if isinstance(layers, ForkedState) else read
+            state = BackboneState(window.after(length), layers)
         return self.norm(hidden), state

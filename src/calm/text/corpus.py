@@ -3,6 +3,7 @@
     pydoc                      the documentation inside this Python (python_docs)
     a file or a folder         .txt, .jsonl, .parquet (files)
     hf:NAME or hf:NAME:SUBSET  a data set of the Hugging Face hub (hub)
+    world:NAME                 a small language whose law is known exactly (calm.worlds)
 
 A source has parts (files, hub splits), each of which belongs to a split. A part can be read again from the start, always with
 the same pieces, or from a document on.
@@ -14,10 +15,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
+from calm.config import parse_human_int
 from calm.errors import UsageError
 from calm.text import files, python_docs
 from calm.text.hub import HubDataset
 from calm.text.pieces import Piece, cut_text
+from calm.worlds.registry import build_world, split_spec
 
 
 class Part(NamedTuple):
@@ -32,7 +37,8 @@ class Source(abc.ABC):
     """Documents in a fixed order.
 
     `name` is stamped on results and holds no local folder; `named` says that the parts' names gave the splits; `scannable` that
-    reading it twice is cheap; `license` is what we know about it.
+    reading it twice is cheap; `license` is what we know about it; `tokenizer` is what suits it where the user names none, and
+    `words` what its text consists of, where that is known.
     """
 
     name: str
@@ -41,6 +47,8 @@ class Source(abc.ABC):
     named: bool = False
     scannable: bool = True
     license: str = ""
+    tokenizer: str = "bpe:8192"
+    words: tuple[str, ...] = ()
 
     @abc.abstractmethod
     def pieces(self, part: int, feed: files.Feed | None = None) -> Iterator[Piece]:
@@ -74,6 +82,8 @@ def open_source(spec: str | Path, *, field: str = "text", separator: str | None 
         return PythonDocs()
     if str(spec).startswith("hf:"):
         return Hub(str(spec), field)
+    if str(spec).startswith("world:"):
+        return WorldText(str(spec).removeprefix("world:"))
     return Files(Path(spec), field, separator)
 
 
@@ -164,3 +174,45 @@ class Hub(Source):
 
     def state(self) -> Any:
         return [self.name, self._revision, *super().state()]
+
+
+class WorldText(Source):
+    """Text that a world writes: `world:markov`, or with settings, `world:markov:words=128,tokens=5M`.
+
+    Besides the settings of the world: `tokens`, how many to train on (2M; the other splits get a twentieth each, at least 16k),
+    and `draw`, the seed of the text. A world's own `seed` is the language.
+    """
+
+    kind = "world"
+    named = True
+    tokenizer = "words"
+
+    def __init__(self, spec: str):
+        name, settings = split_spec(spec)
+        tokens = parse_human_int(settings.pop("tokens", "2M"))
+        self._draw = parse_human_int(settings.pop("draw", "0"))
+        if tokens < 1 or self._draw < 0:
+            raise UsageError(f"source world:{spec}: need tokens >= 1 and draw >= 0, got tokens={tokens}, draw={self._draw}")
+        self.name = f"world:{spec}"
+        self._world = build_world(name, **settings)
+        self.words = self._world.words
+        held_out = max(tokens // 20, 2**14)
+        self._tokens = {"train": tokens, "valid": held_out, "test": held_out}
+        self._texts: dict[int, list[str]] = {}
+        self.parts = tuple(Part(split, split, self._written(number)) for number, split in enumerate(self._tokens))
+
+    def _written(self, part: int) -> int:
+        words = np.array(self.words)
+        tokens = list(self._tokens.values())[part]
+        documents = self._world.documents(tokens, seed=[self._draw, part])
+        self._texts[part] = [" ".join(words[document].tolist()) for document in documents]
+        return sum(map(len, self._texts[part]))
+
+    def pieces(self, part: int, feed: files.Feed | None = None) -> Iterator[Piece]:
+        for text in self._texts[part]:
+            if feed:
+                feed(text.encode())
+            yield from cut_text(text)
+
+    def stamp(self) -> dict[str, Any]:
+        return {"entropy_rate": self._world.entropy_rate, "brier_ceilings": self._world.ceilings().tolist()}

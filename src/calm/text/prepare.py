@@ -24,9 +24,18 @@ from calm.text.corpus import Source, open_source
 from calm.text.progress import Progress
 from calm.text.shards import FORMAT, JOURNAL, Manifest, read_manifest
 from calm.text.splits import NAMES, Labelled, SplitPlan, check_shares, describe, make_plan
-from calm.text.tokenizer import Tokenizer, bpe_size, load_tokenizer, require_same_tokenizer, train_bpe
+from calm.text.tokenizer import (
+    WORDS,
+    Tokenizer,
+    bpe_size,
+    load_tokenizer,
+    require_same_tokenizer,
+    train_bpe,
+    word_tokenizer,
+)
 from calm.text.writer import SplitWriter, write_whole
 
+AUTO = "auto"
 SAMPLE = 50_000_000  # characters a BPE is trained on
 BATCH = 1 << 21  # characters encoded at once: enough for every core, little enough for memory
 CHECKPOINT = 4  # batches between two entries of the journal
@@ -52,7 +61,7 @@ class Cursor:
 def prepare(
     source: str | Path,
     out: str | Path,
-    tokenizer: str | Path = "bpe:8192",
+    tokenizer: str | Path = "auto",
     *,
     field: str = "text",
     separator: str | None = None,
@@ -66,8 +75,9 @@ def prepare(
     """Prepares `source` in the folder `out`, going on where an interrupted run stopped.
 
     Args:
-      source: pydoc, a file, a folder, hf:NAME[:SUBSET] (`calm.text.corpus`).
-      tokenizer: bytes, bpe:SIZE (trained on the train split), a tokenizer.json or a tiktoken rank file.
+      source: pydoc, a file, a folder, hf:NAME[:SUBSET], world:NAME[:SETTINGS] (`calm.text.corpus`).
+      tokenizer: bytes, bpe:SIZE (trained on the train split), a tokenizer.json, a tiktoken rank file, or words, one id each
+        (of a world); auto is words for a world and bpe:8192 for all else.
       field, separator: where records hold their text; what separates documents in a .txt.
       valid, test: shares held out when no file name says the split.
       shard_tokens: tokens in a shard file.
@@ -82,16 +92,19 @@ def prepare(
     try:
         if shard_tokens < 1:
             raise UsageError(f"shard_tokens: need at least 1, got {shard_tokens}")
-        if bpe_size(tokenizer) is None:
+        if not _made(tokenizer):
             load_tokenizer(tokenizer)  # a wrong path shows here, not after the source was read
         check_shares(valid, test)
         opened = open_source(source, field=field, separator=separator)
+        tokenizer = opened.tokenizer if str(tokenizer) == AUTO else tokenizer
+        if str(tokenizer) == WORDS and not opened.words:
+            load_tokenizer(tokenizer)
         out.mkdir(parents=True, exist_ok=True)
         if overwrite:
             _remove(out)
         request = {
             "source": opened.name,
-            "tokenizer": Path(tokenizer).name if bpe_size(tokenizer) is None else str(tokenizer),
+            "tokenizer": str(tokenizer) if _made(tokenizer) else Path(tokenizer).name,
             "field": field,
             "separator": separator,
             "valid": valid,
@@ -190,7 +203,7 @@ class _Job:
 
     def _require_given_tokenizer(self, before: str) -> None:
         """A file of the same name may hold another tokenizer now."""
-        if bpe_size(self.spec) is None and load_tokenizer(self.spec).fingerprint != before:
+        if not _made(self.spec) and load_tokenizer(self.spec).fingerprint != before:
             raise UsageError(
                 f"out {self.out}: was prepared with another tokenizer than {self.spec}; give --overwrite to redo it"
             )
@@ -246,7 +259,10 @@ class _Job:
             require_same_tokenizer(tokenizer.fingerprint, self.journal["tokenizer"], f"data {path}")
             return tokenizer
         size = bpe_size(self.spec)
-        tokenizer = load_tokenizer(self.spec) if size is None else self._train(plan, size, scanned["characters"])
+        if str(self.spec) == WORDS:
+            tokenizer = word_tokenizer(self.source.words)
+        else:
+            tokenizer = load_tokenizer(self.spec) if size is None else self._train(plan, size, scanned["characters"])
         tokenizer.save(path)
         self._record(tokenizer=tokenizer.fingerprint)
         return tokenizer
@@ -349,6 +365,11 @@ def _batches(walk: Iterator[tuple[Cursor, list[Labelled]]]) -> Iterator[list[tup
             batch, size = [], 0
     if batch:
         yield batch
+
+
+def _made(tokenizer: str | Path) -> bool:
+    """Whether the tokenizer comes from the source, not from a file."""
+    return str(tokenizer) in (AUTO, WORDS) or bpe_size(tokenizer) is not None
 
 
 def _plain(value: Any) -> Any:

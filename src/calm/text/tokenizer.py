@@ -28,7 +28,8 @@ from calm.errors import UsageError, require_extra
 
 BEGIN, END, MASK = SPECIALS = ("<|begin|>", "<|end|>", "<|mask|>")
 _ALSO = {BEGIN: "<|begin_of_text|>", END: "<|end_of_text|>"}
-KINDS = "bytes, bpe:SIZE, a tokenizer.json or a tiktoken rank file"
+KINDS = "bytes, bpe:SIZE, words (of a world), a tokenizer.json or a tiktoken rank file"
+WORDS = "words"
 
 # The split pattern of Llama 3 and cl100k; a rank file does not say its own.
 RANK_PATTERN = (
@@ -176,6 +177,8 @@ def load_tokenizer(spec: str | Path) -> Tokenizer:
     """
     if str(spec) == "bytes":
         return ByteTokenizer()
+    if str(spec) == WORDS:
+        raise UsageError("tokenizer words: it belongs to a source whose words are known (world:NAME); give another")
     if bpe_size(spec) is not None:
         raise UsageError(f"tokenizer {spec}: it must be trained on a corpus first; give the tokenizer.json of prepared data")
     path = Path(spec)
@@ -229,6 +232,16 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     blank = _byte_level(models.BPE())
     blank.train_from_iterator(texts, trainer)
     return FileTokenizer(blank)
+
+
+def word_tokenizer(words: Sequence[str]) -> Tokenizer:
+    """One id a word, in the order given, the three specials last; text is words with white space between them.
+
+    For text whose words are known beforehand: there is no id for others, and white space is not kept.
+    """
+    made = tokenizers.Tokenizer(models.WordLevel(vocab={word: number for number, word in enumerate(words)}))
+    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return FileTokenizer(made)
 
 
 def require_same_tokenizer(found: str, expected: str, where: str) -> None:

@@ -8,6 +8,7 @@ many beliefs, so nesting has to be bounded by its symbols.
 
 import functools
 from collections import defaultdict
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -91,10 +92,10 @@ def compile_grammar(name: str, grammar: Grammar, start: str) -> MachineWorld:
     return MachineWorld(name, words, table / table.sum(-1, keepdims=True), following)
 
 
-NOUNS: list[str] = "dog cat bird girl king friend horse neighbour teacher driver".split()
+NOUNS = "dog cat bird girl king friend horse neighbour teacher driver".split()
 BOTH = ["sheep", "fish", "deer"]
-TRANSITIVE: list[str] = "see find know follow hear like help call".split()
-INTRANSITIVE: list[str] = "run sleep sing wait laugh swim".split()
+TRANSITIVE = "see find know follow hear like help call".split()
+INTRANSITIVE = "run sleep sing wait laugh swim".split()
 
 
 class GrammarWorld(MachineWorld):
@@ -120,7 +121,7 @@ class GrammarWorld(MachineWorld):
 def _english(clauses: float, depth: int, sentences: int, generator: np.random.Generator) -> Grammar:
     """Symbols end in how many more clauses may open inside: SUBJECT:one:2."""
 
-    def lexicon(words: list[str]) -> list[tuple[float, str]]:
+    def lexicon(words: Sequence[str]) -> list[tuple[float, str]]:
         return [(1 / (1 + rank), str(words[place])) for rank, place in enumerate(generator.permutation(len(words)))]
 
     nouns, transitive, intransitive = lexicon([*NOUNS, *BOTH]), lexicon(TRANSITIVE), lexicon(INTRANSITIVE)
