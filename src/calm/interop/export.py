@@ -74,8 +74,8 @@ def export_latent_lm(
 ) -> None:
     """Writes the language model, its autoencoder in `folder/autoencoder`, the tokenizer's file and the model card.
 
-    `block_tokens` is the length of a training sequence, if known; `training` as in `export_autoencoder`. `folder` is made if it is missing. An earlier export in it
-    is replaced; a config.json of another program is not.
+    `block_tokens` is the length of a training sequence, if known; `training` as in `export_autoencoder`. `folder` is made if
+    it is missing. An earlier export in it is replaced; a config.json of another program is not.
     """
     folder, config = Path(folder), lm.config
     for name in ("vocab_size", "chunk_size", "latent_dim"):
