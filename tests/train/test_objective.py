@@ -93,7 +93,7 @@ def test_the_auxiliary_term_is_trained_beside_the_model_and_fades():
 
 
 def test_the_auxiliary_term_teaches_the_backbone_and_not_the_autoencoder():
-    objective = latent_objective(auxiliary_weight=1.0, energy_weight=0.0)
+    objective = latent_objective(auxiliary_weight=1.0, energy_from_step=10)
     params = objective.init(jax.random.key(0))
     both = jax.jit(jax.grad(lambda *p: objective.loss(*p, TOKENS, jax.random.key(0))[0], argnums=(0, 1)))
     gradients, frozen = both(params, objective.frozen)

@@ -7,7 +7,8 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from calm.errors import UsageError
-from calm.heads.energy import EnergyHeadConfig
+from calm.heads import EnergyHeadConfig, HeadConfig
+from calm.models.context_decoder import ContextDecoderConfig
 from calm.models.stems import ChunkCompression
 from calm.nn.backbone import BackboneConfig, BackboneState
 from calm.nn.dense import Precision
@@ -25,7 +26,9 @@ class LatentLMConfig:
     latent_dim: int = 0
     """Z; 0 = taken from the autoencoder"""
     backbone: BackboneConfig = BackboneConfig()
-    head: EnergyHeadConfig = EnergyHeadConfig()
+    head: HeadConfig = EnergyHeadConfig()
+    context_decoder: ContextDecoderConfig | None = None
+    """a small autoregressive decoder that writes the chunk; none = the frozen autoencoder reads the latent (pure CALM)"""
     init_std: float | None = None
     """standard deviation of the stem's embedding and kernels; none = 1 / sqrt(width or fan-in); published 0.02"""
 
@@ -42,6 +45,13 @@ class LatentLMConfig:
         dim = self.backbone.dim
         stem = ChunkCompression.flops(self.chunk_size, dim)
         return stem + self.backbone.flops(context) + self.head.flops(dim, self.latent_dim, num_samples)
+
+    def writing_flops(self, num_samples: int) -> int:
+        """Forward FLOPs of the context decoder at one position, for `num_samples` latents; 0 without one."""
+        if self.context_decoder is None:
+            return 0
+        sizes = (self.backbone.dim, self.latent_dim, self.chunk_size, self.vocab_size)
+        return self.context_decoder.flops(*sizes, num_samples)
 
 
 class LatentLM(nnx.Module):
@@ -60,6 +70,9 @@ class LatentLM(nnx.Module):
         )
         self.backbone = config.backbone.build(rngs=rngs, precision=precision)
         self.head = config.head.build(dim, config.latent_dim, rngs=rngs, precision=precision)
+        writer = config.context_decoder
+        sizes = (config.vocab_size, config.chunk_size, dim, config.latent_dim)
+        self.context_decoder = None if writer is None else writer.build(*sizes, rngs=rngs, precision=precision)
 
     def init_state(self, batch: int, context: int, starts: Int[Array, "B"] | None = None) -> BackboneState:
         """The state before the first chunk, with room for `context` chunks; row b begins at chunk `starts[b]`."""

@@ -104,7 +104,9 @@ class NextVector(nnx.Module):
 
     @property
     def table(self) -> Float[Array, "V W"]:
-        return self.autoencoder.table
+        """Of the context decoder where there is one, else of the autoencoder."""
+        writer = self.lm.context_decoder
+        return self.autoencoder.table if writer is None else writer.table
 
     def init_state(self, batch: int, context: int, starts: Int[Array, "B"] | None = None) -> Any:
         """The state before the first chunk, with room for `context` chunks; row b begins at chunk `starts[b]`."""
@@ -132,6 +134,11 @@ class NextVector(nnx.Module):
     ) -> Int[Array, "S *b K"]:
         """Noise to latents by the head, latents to chunks by the decoder: its argmax, or drawn from its softmax."""
         assert noise.latent is not None
+        writer = self.lm.context_decoder
+        if writer is not None:
+            plan = writer.plan(hidden, self.lm.head(hidden, noise.latent) if writer.config.use_latent else None)
+            plan = jnp.broadcast_to(plan, (len(noise.latent), *plan.shape[1:]))
+            return writer.write(plan, previous, noise.uniforms, table)
         states = self.autoencoder.decode_states(self.lm.head(hidden, noise.latent))
         scoring = self.table if table is None else table
         if decoding == "argmax":

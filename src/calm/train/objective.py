@@ -1,6 +1,8 @@
 """What training minimises, for both stages: weighted terms, each logged under its own name."""
 
 import dataclasses
+import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -11,9 +13,10 @@ from jaxtyping import Array, Float, Int
 from calm.autoencoder import Autoencoder, AutoencoderConfig
 from calm.errors import UsageError
 from calm.heads import ChunkPredictor
-from calm.losses import Fidelity, clipped_kl, energy_loss, fused_cross_entropy
+from calm.losses import Fidelity, clipped_kl, diversity, energy_loss, fused_cross_entropy, target_log_prob
+from calm.losses.energy_score import distance
 from calm.models import LatentLM, LatentLMConfig
-from calm.nn.dense import Precision, dense_flops
+from calm.nn.dense import Dense, Precision, dense_flops
 from calm.rng import PRNGKey, stream
 
 Terms = dict[str, Float[Array, ""]]
@@ -95,7 +98,10 @@ class AutoencoderObjective:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LatentLossConfig:
-    """Terms of stage 2, over one shared set of S samples."""
+    """Terms of stage 2, over one shared set of S samples. A term of weight 0 costs nothing.
+
+    CALM has the energy alone; the others are what a small model may need beside it, or instead (docs/results.md compares them).
+    """
 
     num_samples: int = 8
     """S, samples of the head per position"""
@@ -105,10 +111,24 @@ class LatentLossConfig:
     """exponent of the energy score, in (0, 2)"""
     fidelity: Fidelity = "second_order"
     energy_weight: float = 1.0
+    """weight of the energy score; the terms below say nothing of the paper's"""
+    energy_from_step: int = 0
+    """step before which the energy term is off, so that the other terms train the backbone first"""
+    own_weight: float = 1.0
+    """weight of the head's own loss, for a head that has one (flow matching, diffusion, mixture)"""
     auxiliary_weight: float = 0.0
     """weight of the auxiliary K-token cross-entropy from the hidden state (calm.heads.ChunkPredictor)"""
     auxiliary_decay_steps: int = 0
     """steps over which that weight falls linearly to 0; 0 = it stays"""
+    anchor_weight: float = 0.0
+    """weight of the squared error, summed over Z, of a linear map from the hidden state to the next posterior mean"""
+    likelihood_weight: float = 0.0
+    """weight of -log mean_s p(chunk | latent s), by the context decoder where there is one, else by the frozen autoencoder; per
+    token. Its samples want drawn decoding"""
+    likelihood_samples: int = 4
+    """how many of the S samples that mean is over"""
+    slot_energy_weight: float = 0.0
+    """weight of an energy score for each token slot, in the autoencoder's hidden states before the logits"""
 
     def __post_init__(self) -> None:
         if self.num_samples < 2:
@@ -117,8 +137,19 @@ class LatentLossConfig:
             raise UsageError(f"loss: num_draws must be at least 1, got {self.num_draws}")
         if not 0 < self.alpha < 2:
             raise UsageError(f"loss: alpha must lie in (0, 2), got {self.alpha}")
-        if min(self.energy_weight, self.auxiliary_weight, self.auxiliary_decay_steps) < 0:
-            raise UsageError("loss: weights and auxiliary_decay_steps must not be negative")
+        weights = (
+            "energy_weight",
+            "own_weight",
+            "auxiliary_weight",
+            "anchor_weight",
+            "likelihood_weight",
+            "slot_energy_weight",
+        )
+        for name in (*weights, "auxiliary_decay_steps", "energy_from_step"):
+            if getattr(self, name) < 0:
+                raise UsageError(f"loss: {name} must not be negative, got {getattr(self, name)}")
+        if self.likelihood_weight and not 1 <= self.likelihood_samples <= self.num_samples:
+            raise UsageError(f"loss: likelihood_samples must lie in 1..num_samples={self.num_samples}")
 
     def auxiliary_weight_at(self, step: int | Int[Array, ""]) -> Float[Array, ""]:
         """The auxiliary term's weight at a step."""
@@ -126,11 +157,15 @@ class LatentLossConfig:
             return jnp.float32(self.auxiliary_weight)
         return self.auxiliary_weight * jnp.clip(1 - jnp.asarray(step) / self.auxiliary_decay_steps, 0.0, 1.0)
 
+    def energy_weight_at(self, step: int | Int[Array, ""]) -> Float[Array, ""]:
+        """The energy term's weight at a step."""
+        return jnp.where(jnp.asarray(step) >= self.energy_from_step, self.energy_weight, 0.0)
+
 
 class LatentObjective:
-    """The energy loss against the frozen autoencoder's posterior, and the auxiliary cross-entropy.
+    """Weighted terms over one set of samples, against the frozen autoencoder's posterior of the next chunk.
 
-    The trained weights are a dictionary: `lm`, and `auxiliary` where that term is on, which inference drops.
+    The trained weights are a dictionary: `lm`, and what only a term needs (`auxiliary`, `anchor`), which inference drops.
     """
 
     def __init__(
@@ -148,17 +183,33 @@ class LatentObjective:
             if getattr(model, name) != getattr(autoencoder.config, name):
                 theirs = getattr(autoencoder.config, name)
                 raise UsageError(f"{name}={getattr(model, name)} of the LM does not match the autoencoder's {theirs}")
+        self.has_own_loss = hasattr(model.head, "loss_flops")
+        self._check_terms()
         self.autoencoder_graphdef, self.frozen = nnx.split(autoencoder)
         self.graphdefs = {
             name: nnx.graphdef(nnx.eval_shape(lambda build=build: build(nnx.Rngs(0))))
             for name, build in self._builders().items()
         }
 
+    def _check_terms(self) -> None:
+        loss, writer = self.terms, self.model.context_decoder
+        if writer is not None and not loss.likelihood_weight:
+            raise UsageError("loss.likelihood_weight must be above 0: nothing else trains the context decoder")
+        head_trains = loss.energy_weight or loss.slot_energy_weight or (self.has_own_loss and loss.own_weight)
+        by_likelihood = loss.likelihood_weight and (writer is None or writer.use_latent)
+        if not head_trains and not by_likelihood and (writer is None or writer.use_latent):
+            raise UsageError("loss: no term trains the head; raise energy_weight, own_weight or likelihood_weight")
+
     def _builders(self) -> dict[str, Any]:
         builders: dict[str, Any] = {"lm": lambda rngs: self.model.build(rngs=rngs, precision=self.precision)}
+        dim = self.model.backbone.dim
         if self.terms.auxiliary_weight:
-            sizes = (self.model.backbone.dim, self.model.chunk_size, self.autoencoder.dim)
+            sizes = (dim, self.model.chunk_size, self.autoencoder.dim)
             builders["auxiliary"] = lambda rngs: ChunkPredictor(*sizes, precision=self.precision, rngs=rngs)
+        if self.terms.anchor_weight:
+            builders["anchor"] = lambda rngs: Dense(
+                dim, self.model.latent_dim, use_bias=True, precision=self.precision, rngs=rngs
+            )
         return builders
 
     def init(self, key: PRNGKey) -> Any:
@@ -168,35 +219,134 @@ class LatentObjective:
         """The language model with these weights."""
         return nnx.merge(self.graphdefs["lm"], params["lm"])
 
+    @property
+    def samples_needed(self) -> int:
+        """How many samples of the head a step draws."""
+        writer, loss = self.model.context_decoder, self.terms
+        if loss.energy_weight or loss.slot_energy_weight:
+            return loss.num_samples
+        return loss.likelihood_samples if loss.likelihood_weight and (writer is None or writer.use_latent) else 0
+
     def loss(
         self, params: Any, frozen: Any, tokens: Int[Array, "B T"], key: PRNGKey, step: int | Int[Array, ""] = 0
     ) -> tuple[Float[Array, ""], Terms]:
-        lm = self.module(params)
+        lm, weigh = self.module(params), self.terms
         autoencoder = nnx.merge(self.autoencoder_graphdef, frozen)
         chunks = as_chunks(tokens, self.model.chunk_size)
         targets = chunks[:, 1:]
         posterior = jax.lax.stop_gradient(autoencoder.encode(targets))
         hidden, _ = lm.hidden(chunks[:, :-1])
-        samples = lm.sample(stream(key, "head"), hidden, self.terms.num_samples)
-        energy = energy_loss(
-            samples,
-            posterior,
-            stream(key, "targets"),
-            num_draws=self.terms.num_draws,
-            alpha=self.terms.alpha,
-            fidelity=self.terms.fidelity,
-        ).mean()
-        loss, terms = self.terms.energy_weight * energy, {"energy": energy}
-        if self.terms.auxiliary_weight:
+        terms: Terms = {}
+        loss = jnp.float32(0)
+        samples = jnp.zeros((0, *posterior.mean.shape))
+        if self.samples_needed:
+            samples = lm.sample(stream(key, "head"), hidden, self.samples_needed)
+        if weigh.energy_weight:
+            sizes = dict(num_draws=weigh.num_draws, alpha=weigh.alpha, fidelity=weigh.fidelity)
+            terms["energy"] = energy_loss(samples, posterior, stream(key, "targets"), **sizes).mean()
+            loss += weigh.energy_weight_at(step) * terms["energy"]
+        if self.has_own_loss and weigh.own_weight:
+            terms["own"] = head_loss(lm.head)(stream(key, "own"), hidden, posterior).mean()
+            loss += weigh.own_weight * terms["own"]
+        if weigh.auxiliary_weight:
             auxiliary = nnx.merge(self.graphdefs["auxiliary"], params["auxiliary"])
             terms["auxiliary"] = auxiliary.loss(hidden, targets, jax.lax.stop_gradient(autoencoder.table))
-            loss = loss + self.terms.auxiliary_weight_at(step) * terms["auxiliary"]
+            loss += weigh.auxiliary_weight_at(step) * terms["auxiliary"]
+        if weigh.anchor_weight:
+            anchor = nnx.merge(self.graphdefs["anchor"], params["anchor"])
+            terms["anchor"] = jnp.square(anchor(hidden) - posterior.mean).sum(-1).mean()
+            loss += weigh.anchor_weight * terms["anchor"]
+        if weigh.slot_energy_weight:
+            latents = posterior.sample(stream(key, "slots"))
+            terms["slot_energy"] = slot_energy(autoencoder, samples, latents, weigh.alpha)
+            loss += weigh.slot_energy_weight * terms["slot_energy"]
+        if weigh.likelihood_weight:
+            terms["likelihood"] = self._likelihood(autoencoder, lm, hidden, samples[: weigh.likelihood_samples], chunks)
+            loss += weigh.likelihood_weight * terms["likelihood"]
         return loss, terms
+
+    def _likelihood(
+        self,
+        autoencoder: Autoencoder,
+        lm: LatentLM,
+        hidden: Float[Array, "B N D"],
+        samples: Float[Array, "S B N Z"],
+        chunks: Int[Array, "B M K"],
+    ) -> Float[Array, ""]:
+        """-log mean_s p(chunk | latent s) per token."""
+        writer, targets = lm.context_decoder, chunks[:, 1:]
+        if writer is None:
+            states, table = autoencoder.decode_states(samples), jax.lax.stop_gradient(autoencoder.table)
+        else:
+            states = writer.teacher_forced(
+                writer.plan(hidden, samples if writer.config.use_latent else None), chunks[:, :-1], targets
+            )
+            table = writer.table
+        return log_mean_nats(states, table, targets, self.precision, table_gradient=writer is not None)
 
     def flops_per_token(self) -> float:
         """Forward and backward FLOPs per token of the trained parts, and the frozen encoder's forward pass."""
-        model, table = self.model, self.autoencoder
-        position = model.flops(self.context, self.terms.num_samples)
-        if self.terms.auxiliary_weight:
+        model, table, weigh = self.model, self.autoencoder, self.terms
+        position = model.flops(self.context, self.samples_needed)
+        if self.has_own_loss and weigh.own_weight:
+            head: Any = model.head
+            position += head.loss_flops(model.backbone.dim, model.latent_dim)
+        if weigh.auxiliary_weight:
             position += dense_flops(model.backbone.dim, model.chunk_size * table.dim) + table.vocabulary_flops()
+        if weigh.anchor_weight:
+            position += dense_flops(model.backbone.dim, model.latent_dim)
+        if weigh.slot_energy_weight:
+            position += (weigh.num_samples + 1) * table.decoder_flops()
+        if weigh.likelihood_weight:
+            count = weigh.likelihood_samples
+            if model.context_decoder is None:
+                position += count * (table.decoder_flops() + table.vocabulary_flops())
+            else:
+                position += model.writing_flops(count if model.context_decoder.use_latent else 1)
         return (3 * position + table.encoder_flops()) / model.chunk_size
+
+
+def head_loss(head: Any) -> Callable[..., Float[Array, "*b"]]:
+    """The loss that a head defines for itself."""
+    return head.loss
+
+
+def slot_energy(
+    autoencoder: Autoencoder, samples: Float[Array, "S *b Z"], target: Float[Array, "*b Z"], alpha: float
+) -> Float[Array, ""]:
+    """The energy loss of every token slot in the decoder's hidden states, against one draw of the target; summed over slots.
+
+    A latent's energy score sees a chunk as one point; here each token has its own distance.
+    """
+    states = autoencoder.decode_states(samples)
+    truth = autoencoder.decode_states(target)
+    flat = states.reshape(len(states), -1, states.shape[-1])
+    fidelity = distance(jnp.square(flat - truth.reshape(1, *flat.shape[1:])).sum(-1), alpha).mean(0)
+    return (2 * fidelity - diversity(flat, alpha)).mean() * states.shape[-2]
+
+
+def log_mean_nats(
+    states: Float[Array, "S *b K W"],
+    table: Float[Array, "V W"],
+    targets: Int[Array, "*b K"],
+    precision: Precision,
+    *,
+    table_gradient: bool,
+) -> Float[Array, ""]:
+    """-log (1/S) sum_s p_s(chunk), in nats per token, averaged over chunks; p_s the product over the chunk's K tokens.
+
+    Its gradient is the cross-entropy's with every sample weighted by its share of that sum; so the shares are found
+    first, keeping no logits, and one fused pass with known weights follows.
+    """
+    num_samples, width = len(states), states.shape[-1]
+    rows = jnp.broadcast_to(targets, states.shape[:-1]).reshape(-1)
+    flat = states.reshape(-1, width)
+    if num_samples == 1:
+        weights = jnp.full(rows.shape, 1.0 / targets.size)
+        return fused_cross_entropy(flat, table, rows, weights, precision, table_gradient)
+    chunk = target_log_prob(jax.lax.stop_gradient(flat), jax.lax.stop_gradient(table), rows, precision)
+    chunk = chunk.reshape(num_samples, -1, targets.shape[-1]).sum(-1)
+    value = -(jax.nn.logsumexp(chunk, axis=0) - math.log(num_samples)).sum() / targets.size
+    shares = jnp.repeat(jax.nn.softmax(chunk, axis=0).reshape(-1), targets.shape[-1]) / targets.size
+    weighted = fused_cross_entropy(flat, table, rows, shares, precision, table_gradient)
+    return weighted + jax.lax.stop_gradient(value - weighted)

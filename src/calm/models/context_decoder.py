@@ -1,0 +1,145 @@
+"""A small autoregressive decoder inside the chunk: the latent is the plan, the decoder the hand that writes it.
+
+The tokens of a chunk share several nats that a latent cannot carry at small scale: the energy score gives little gradient for
+them, and log-mean likelihood over S samples can gain at most log S (docs/log.md). A small network that sees the hidden state,
+the sampled latent and the K tokens before each place carries that dependence at a fraction of a backbone's cost per token, and
+has an exact likelihood given its latent. Without a context decoder the frozen autoencoder reads the latent: pure CALM
+(arXiv:2510.27688). Related: MegaByte (Yu et al. 2023, arXiv:2305.07185) puts a local transformer inside patches; here the local
+model is a multilayer perceptron over a window of K tokens, and a latent may join it.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from calm.autoencoder.decoder import ScoringTable, best_token, draw_token
+from calm.errors import UsageError
+from calm.nn.dense import Dense, Precision, dense_flops
+from calm.nn.mlp import ResidualSwiGLU, SwiGLU
+from calm.nn.stack import Stack
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ContextDecoderConfig:
+    """Sizes of the decoder inside the chunk."""
+
+    dim: int = 256
+    inner_dim: int = 688
+    num_layers: int = 2
+    table_dim: int = 128
+    """width W of its own token table, which embeds the tokens before a place and scores those that may follow"""
+    use_latent: bool = True
+    """whether it reads the sampled latent; without, a chunk depends on the hidden state alone, and the head on no more than the
+    loss"""
+
+    def __post_init__(self) -> None:
+        if min(self.dim, self.inner_dim, self.num_layers, self.table_dim) < 1:
+            raise UsageError("context decoder: dim, inner_dim, num_layers and table_dim must be at least 1")
+
+    def build(
+        self,
+        vocab_size: int,
+        chunk_size: int,
+        hidden_dim: int,
+        latent_dim: int,
+        *,
+        rngs: nnx.Rngs,
+        precision: Precision = "float32",
+    ) -> "ContextDecoder":
+        return ContextDecoder(self, vocab_size, chunk_size, hidden_dim, latent_dim, rngs=rngs, precision=precision)
+
+    def flops(self, hidden_dim: int, latent_dim: int, chunk_size: int, vocab_size: int, num_samples: int) -> int:
+        """Forward FLOPs of one chunk: the hidden state's share once, the rest for every sample of the latent."""
+        place = dense_flops(chunk_size * self.table_dim, self.dim) + self.num_layers * SwiGLU.flops(self.dim, self.inner_dim)
+        place += dense_flops(self.dim, self.table_dim) + dense_flops(self.table_dim, vocab_size)
+        once = dense_flops(hidden_dim, self.dim)
+        return once + num_samples * ((dense_flops(latent_dim, self.dim) if self.use_latent else 0) + chunk_size * place)
+
+
+class ContextDecoder(nnx.Module):
+    """p(token k | hidden, latent, the K tokens before it), k = 1..K, one network for all places."""
+
+    def __init__(
+        self,
+        config: ContextDecoderConfig,
+        vocab_size: int,
+        chunk_size: int,
+        hidden_dim: int,
+        latent_dim: int,
+        *,
+        precision: Precision = "float32",
+        rngs: nnx.Rngs,
+    ):
+        def dense(in_dim: int, out_dim: int, *, use_bias: bool = False) -> Dense:
+            return Dense(in_dim, out_dim, use_bias=use_bias, precision=precision, rngs=rngs)
+
+        self.config, self.precision, self.chunk_size = config, precision, chunk_size
+        shape = (vocab_size, config.table_dim)
+        self.embedding = nnx.Param(config.table_dim**-0.5 * jax.random.normal(rngs.params(), shape, jnp.float32))
+        self.from_hidden = dense(hidden_dim, config.dim, use_bias=True)
+        self.from_window = dense(chunk_size * config.table_dim, config.dim)
+        # rows of the table have about unit length; the window's projection would start a fan-in too small beside the others
+        self.norm_window = nnx.RMSNorm(chunk_size * config.table_dim, epsilon=1e-6, rngs=rngs)
+        self.from_latent = dense(latent_dim, config.dim) if config.use_latent else None
+        self.from_place = nnx.Param(0.02 * jax.random.normal(rngs.params(), (chunk_size, config.dim), jnp.float32))
+        self.layers = Stack(
+            lambda rngs: ResidualSwiGLU(config.dim, config.inner_dim, precision=precision, rngs=rngs),
+            config.num_layers,
+            rngs=rngs,
+        )
+        self.norm = nnx.RMSNorm(config.dim, epsilon=1e-6, rngs=rngs)
+        self.out = dense(config.dim, config.table_dim)
+
+    @property
+    def table(self) -> Float[Array, "V W"]:
+        return self.embedding[...]
+
+    def plan(self, hidden: Float[Array, "*b D"], latents: Float[Array, "S *b Z"] | None) -> Float[Array, "S *b d"]:
+        """What every place of the chunk shares, for each latent; one plan where the decoder reads none."""
+        shared = self.from_hidden(hidden)[None]
+        if self.from_latent is None:
+            return shared
+        assert latents is not None
+        return shared + self.from_latent(latents)
+
+    def states(
+        self, plan: Float[Array, "*b d"], window: Int[Array, "*b K"], place: Int[Array, "*b"] | Int[Array, ""]
+    ) -> Float[Array, "*b W"]:
+        """The state whose product with the table are the logits of the token at `place`, given the K tokens before it."""
+        embedded = self.table[window].reshape(*window.shape[:-1], -1)
+        x = plan + self.from_window(self.norm_window(embedded)) + self.from_place[...][place]
+        x, _ = self.layers.scan(lambda layer, x, _: (layer(x), None), x)
+        return self.out(self.norm(x))
+
+    def teacher_forced(
+        self, plan: Float[Array, "S *b d"], previous: Int[Array, "*b K"], chunks: Int[Array, "*b K"]
+    ) -> Float[Array, "S *b K W"]:
+        """The states of all places of known chunks: place k sees the last K - k tokens of the chunk before and k of its own."""
+        size = self.chunk_size
+        tokens = jnp.concatenate([previous, chunks], axis=-1)
+        windows = jnp.stack([tokens[..., k : k + size] for k in range(size)], axis=-2)
+        windows = jnp.broadcast_to(windows, (len(plan), *windows.shape))
+        plan = jnp.broadcast_to(plan[..., None, :], (*plan.shape[:-1], size, plan.shape[-1]))
+        return self.states(plan, windows, jnp.broadcast_to(jnp.arange(size), windows.shape[:-1]))
+
+    def write(
+        self,
+        plan: Float[Array, "S *b d"],
+        previous: Int[Array, "*b K"],
+        uniforms: Float[Array, "S *b K 2"] | None,
+        table: ScoringTable | None = None,
+    ) -> Int[Array, "S *b K"]:
+        """K tokens one after the other, each drawn from its law; the most probable ones where no uniforms are given."""
+        scoring = self.table if table is None else table
+        window = jnp.broadcast_to(previous, (*plan.shape[:-1], self.chunk_size))
+        for place in range(self.chunk_size):
+            states = self.states(plan, window, jnp.int32(place))
+            if uniforms is None:
+                token = best_token(states, scoring, self.precision)
+            else:
+                token = draw_token(uniforms[..., place, :], states, scoring, self.precision)
+            window = jnp.concatenate([window[..., 1:], token[..., None]], axis=-1)
+        return window

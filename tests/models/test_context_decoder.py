@@ -1,0 +1,121 @@
+"""The decoder inside the chunk: it sees the past only, and what it writes has the probabilities that it is trained with."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from calm.autoencoder import AutoencoderConfig
+from calm.autoencoder.decoder import ScoringTable
+from calm.errors import UsageError
+from calm.heads import EnergyHeadConfig
+from calm.models import LatentLMConfig, NextVector, sample_chunks
+from calm.models.context_decoder import ContextDecoder, ContextDecoderConfig
+from calm.nn import BackboneConfig
+from jaxpr_flops import matmul_flops
+from random_models import random_model
+
+V, K, D, Z = 5, 3, 8, 4
+CONFIG = ContextDecoderConfig(dim=12, inner_dim=16, num_layers=2, table_dim=6)
+
+
+def build(config: ContextDecoderConfig = CONFIG, vocab_size: int = V, seed: int = 0) -> ContextDecoder:
+    return config.build(vocab_size, K, D, Z, rngs=nnx.Rngs(seed))
+
+
+def chunk_probabilities(writer: ContextDecoder, hidden, latent, previous) -> np.ndarray:
+    """p(chunk) of all V^K chunks, by teacher forcing."""
+    every = jnp.stack(jnp.meshgrid(*[jnp.arange(V)] * K, indexing="ij"), -1).reshape(-1, K)
+    rows = len(every)
+    plan = writer.plan(jnp.broadcast_to(hidden, (rows, D)), jnp.broadcast_to(latent, (1, rows, Z)))
+    states = writer.teacher_forced(plan, jnp.broadcast_to(previous, (rows, K)), every)[0]
+    log_probability = jax.nn.log_softmax(states @ writer.table.T)
+    return np.exp(np.take_along_axis(np.asarray(log_probability), np.asarray(every)[..., None], -1).sum((1, 2)))
+
+
+def test_written_chunks_have_the_probabilities_of_teacher_forcing():
+    writer, random = build(), np.random.default_rng(0)
+    hidden, latent = (jnp.asarray(random.normal(size=size), jnp.float32) for size in (D, Z))
+    previous = jnp.asarray([1, 4, 0])
+    law = chunk_probabilities(writer, hidden, latent, previous)
+    assert law.sum() == pytest.approx(1, abs=1e-5)
+    draws = 40_000
+    plan = writer.plan(hidden, jnp.broadcast_to(latent, (draws, Z)))
+    chunks = np.asarray(writer.write(plan, previous, jax.random.uniform(jax.random.key(1), (draws, K, 2))))
+    found = np.bincount(chunks @ (V ** np.arange(K)[::-1]), minlength=V**K)
+    expected = draws * law
+    kept = expected > 5
+    chi_square = ((found - expected) ** 2 / expected)[kept].sum()
+    assert chi_square < kept.sum() + 4 * np.sqrt(2 * kept.sum())
+
+
+def test_a_token_changes_the_places_after_it_and_no_other():
+    writer = build()
+    plan = jnp.ones((1, 2, 12))
+    previous, chunks = jnp.asarray([[0, 1, 2], [3, 4, 0]]), jnp.asarray([[1, 2, 3], [1, 2, 3]])
+    before = writer.teacher_forced(plan, previous, chunks)
+    for place in range(K):
+        after = writer.teacher_forced(plan, previous, chunks.at[:, place].set(4))
+        changed = np.abs(np.asarray(after - before)).max((0, 1, 3)) > 1e-6
+        np.testing.assert_array_equal(changed, np.arange(K) > place)
+
+
+def test_banned_tokens_are_not_written_and_greedy_writing_is_the_most_probable_path():
+    writer = build()
+    plan = jnp.asarray(np.random.default_rng(2).normal(size=(64, 1, 12)), jnp.float32)
+    previous = jnp.asarray([[0, 1, 2]])
+    table = ScoringTable.of(writer.table, "float32", jnp.asarray([0, 3]))
+    uniforms = jax.random.uniform(jax.random.key(0), (64, 1, K, 2))
+    assert set(np.unique(writer.write(plan, previous, uniforms, table))) == {0, 3}
+    greedy = writer.write(plan, previous, None)
+    states = writer.teacher_forced(plan, jnp.broadcast_to(previous, (64, 1, K))[0], greedy[0])  # of the first sample
+    np.testing.assert_array_equal((states[0] @ writer.table.T).argmax(-1), greedy[0])
+
+
+@pytest.mark.parametrize("use_latent", [True, False])
+def test_the_predictor_writes_by_the_context_decoder(use_latent):
+    """Its chunks depend on the chunk before and, if it reads latents, on the head's noise."""
+    codec = AutoencoderConfig(vocab_size=40, chunk_size=K, latent_dim=Z, dim=8, inner_dim=12)
+    config = LatentLMConfig(
+        vocab_size=40,
+        chunk_size=K,
+        latent_dim=Z,
+        backbone=BackboneConfig(dim=D, num_layers=1, num_heads=2, num_kv_heads=1, inner_dim=12),
+        head=EnergyHeadConfig(num_blocks=1, noise_dim=3),
+        context_decoder=dataclasses.replace(CONFIG, use_latent=use_latent),
+    )
+    lm = config.build(rngs=nnx.Rngs(0))
+    lm.head.out.kernel[...] = jax.random.normal(jax.random.key(8), lm.head.out.kernel.shape)  # a new head is silent
+    model = NextVector(random_model(codec), lm)
+    assert model.table.shape == (40, 6)
+    hidden = jax.random.normal(jax.random.key(1), (7, D))
+    one, other = jnp.zeros((7, K), jnp.int32), jnp.full((7, K), 3)
+    first, second = (sample_chunks(model, jax.random.key(2), hidden, chunk, 5, decoding="drawn") for chunk in (one, other))
+    assert first.shape == (5, 7, K) and (first != second).any()
+    noise = model.draw_noise(jax.random.key(3), (5, 7), "drawn")
+    moved = noise._replace(latent=noise.latent + 1.0)
+    changed = (model.write(hidden, one, noise, decoding="drawn") != model.write(hidden, one, moved, decoding="drawn")).any()
+    assert changed == use_latent
+
+
+@pytest.mark.parametrize("use_latent", [True, False])
+def test_flops_are_those_of_the_products_in_the_program(use_latent):
+    config = dataclasses.replace(CONFIG, use_latent=use_latent)
+    graphdef, params = nnx.split(build(config))
+    samples = 3 if use_latent else 1
+
+    def forward(params, hidden, latents, previous, chunks):
+        writer = nnx.merge(graphdef, params)
+        return writer.teacher_forced(writer.plan(hidden, latents), previous, chunks) @ writer.table.T
+
+    chunks = jnp.zeros((7, K), jnp.int32)
+    counted = matmul_flops(forward, params, jnp.zeros((7, D)), jnp.zeros((samples, 7, Z)), chunks, chunks)
+    assert counted == 7 * config.flops(D, Z, K, V, samples)
+
+
+def test_sizes_below_one_are_refused():
+    with pytest.raises(UsageError, match="table_dim must be at least 1"):
+        ContextDecoderConfig(table_dim=0)
