@@ -20,7 +20,7 @@ from calm.text.chunking import chunk_prompt
 V, K, LONGEST = 37, 3, 16
 SPECIAL = SpecialIds(begin_id=34, end_id=34, mask_id=36)  # the end id is banned as well: rows go on to the limit
 PROMPTS = [np.arange(7), np.array([], np.int32), np.array([5, 6, 7]), np.arange(20) % 11]
-SAMPLERS = {"plain": PlainSampler(), "batch": BatchTemperature(n=2, num_candidates=6)}
+SAMPLERS = {"plain": PlainSampler(), "batch": BatchTemperature(num_candidates=6)}
 
 
 def with_numbers(config, precision):

@@ -13,8 +13,10 @@ from jaxtyping import Array, Bool, Float, Int
 from calm.errors import UsageError
 from calm.models.predictor import DECODINGS, Predictor
 from calm.sampling import steps
+from calm.sampling.exact import ExactTemperature
+from calm.sampling.repetition import NOTHING
+from calm.sampling.sampler import PlainSampler, Sampler
 from calm.sampling.steps import Model, Progress, Recipe, Weights
-from calm.sampling.temperature import PlainSampler, Sampler
 from calm.text.chunking import chunk_prompt, pad_prompts
 
 PLAIN = PlainSampler()
@@ -49,9 +51,10 @@ class Generated(NamedTuple):
     ended: Bool[np.ndarray, "B"]
     """rows that wrote an end token; the others were cut at the limit"""
     fallback_share: Float[np.ndarray, "B"]
-    """share of a row's steps in which no chunk was drawn n times (see `BatchTemperature`)"""
+    """share of a row's steps in which the counts could not decide as asked: no chunk came often enough for the temperature
+    (`BatchTemperature`), all draws differed (`BestOfN`), or all of them were repetitions"""
     draws: Int[np.ndarray, "B"]
-    """chunks drawn from the model for each row"""
+    """chunks that each row used; where draws come in blocks, what is left of the last block is not counted"""
     decoding: str
 
 
@@ -65,23 +68,26 @@ def generate(
     sampler: Sampler = PLAIN,
     decoding: str = "argmax",
     context: int | None = None,
+    banned: Sequence[int] = (),
 ) -> Generated:
     """Continues B prompts of any lengths by up to `max_tokens` tokens, in one compiled call without a word to the host.
 
     `prompts` are token ids, possibly none; the end of a prompt is a chunk boundary and its first T mod K tokens form a chunk
     filled from the left with begin ids. `keys` `[B]` has one random key a row (`calm.rng.row_keys`): in float32 a row gives the
     same tokens in any batch, at any padding, as alone. A row stops at its first end token; the loop stops with its last row.
-    The begin and mask ids are never written. `decoding` is how a latent becomes tokens: the decoder's "argmax", or "drawn" from
-    its softmax at every place. `context` is the most chunks that prompt and continuation may have together, usually those of a
-    training sequence; none = no limit.
+    The begin and mask ids are never written, nor are the `banned` ones: they are left out of the decoder's logits, in front of
+    its argmax or softmax, so every draw comes from a model that cannot write them. `decoding` is how a latent becomes tokens:
+    the decoder's "argmax", or "drawn" from its softmax at every place. `context` is the most chunks that prompt and
+    continuation may have together, usually those of a training sequence; none = no limit.
 
-    Raises UsageError for prompts that do not fit. CALM (arXiv:2510.27688) pads the last chunk of a prompt and takes prompts of
-    equal length only.
+    Raises UsageError for prompts that do not fit, and OutOfDraws where the exact sampler accepts no chunk within its budget.
+    CALM (arXiv:2510.27688) pads the last chunk of a prompt and takes prompts of equal length only.
     """
-    job = _plan(predictor, prompts, keys, special, max_tokens, sampler, decoding, context)
+    job = _plan(predictor, prompts, keys, special, max_tokens, sampler, decoding, context, banned)
     progress, chunks = steps.run(
-        job.recipe, job.model, job.weights, keys, job.chunks, job.starts, job.capacity, jnp.int32(job.num_steps)
+        job.recipe, job.model, job.weights, keys, job.chunks, job.starts, job.history, job.capacity, jnp.int32(job.num_steps)
     )
+    _require_chunks(job, progress)
     batch, chunk_size = job.chunks.shape[0], job.chunks.shape[2]
     tokens = np.asarray(chunks[: job.num_steps]).swapaxes(0, 1).reshape(batch, job.num_steps * chunk_size)[:, :max_tokens]
     return _report(progress, tokens, decoding)
@@ -97,17 +103,19 @@ def stream(
     sampler: Sampler = PLAIN,
     decoding: str = "argmax",
     context: int | None = None,
+    banned: Sequence[int] = (),
 ) -> Iterator[Int[np.ndarray, "B K"]]:
     """The tokens of `generate`, yielded chunk by chunk as they come; the last chunk may be cut by `max_tokens`.
 
     Rows that have ended yield end ids. The generator returns the `Generated` of the whole (`result = yield from stream(...)`).
     Arguments are checked when the first chunk is asked for.
     """
-    job = _plan(predictor, prompts, keys, special, max_tokens, sampler, decoding, context)
-    progress = steps.prefill(job.model, job.chunks, job.starts, job.capacity)
+    job = _plan(predictor, prompts, keys, special, max_tokens, sampler, decoding, context, banned)
+    progress = steps.prefill(job.model, job.chunks, job.starts, job.history, job.capacity)
     chunks: list[np.ndarray] = []
     for step in range(job.num_steps):
         progress, chunk = steps.step(job.recipe, job.weights, keys, progress)
+        _require_chunks(job, progress)
         chunks.append(np.asarray(chunk)[:, : max_tokens - step * chunk.shape[1]])
         yield chunks[-1]
         if np.asarray(progress.ended).all():
@@ -123,6 +131,7 @@ class _Job(NamedTuple):
     weights: Weights
     chunks: Int[Array, "B N K"]
     starts: Int[Array, "B"]
+    history: Int[Array, "B T"]
     capacity: int
     num_steps: int
 
@@ -136,6 +145,7 @@ def _plan(
     sampler: Sampler,
     decoding: str,
     context: int | None,
+    banned: Sequence[int],
 ) -> _Job:
     """Checks the arguments and lays the prompts out."""
     chunk_size, vocab_size = predictor.chunk_size, predictor.vocab_size
@@ -167,17 +177,42 @@ def _plan(
     chunks, starts = pad_prompts(arrays, chunk_size, special.begin_id)
     extra = _rounded(chunks.shape[1]) - chunks.shape[1]
     chunks = np.pad(chunks, ((0, 0), (extra, 0), (0, 0)), constant_values=special.begin_id)
-    allowed = np.delete(np.arange(vocab_size, dtype=np.int32), [special.begin_id, special.mask_id])
+    capacity = chunks.shape[1] + _rounded(num_steps) - 1
+    known = np.where(chunks == special.begin_id, NOTHING, chunks).reshape(len(arrays), -1)
+    room = (capacity + 1 - chunks.shape[1]) * chunk_size
+    history = np.pad(known, ((0, 0), (room, 0)), constant_values=NOTHING)
     model = Model(*nnx.split(predictor))
     return _Job(
         recipe=Recipe(sampler=sampler, decoding=decoding),
         model=model,
-        weights=steps.prepare(model, jnp.asarray(allowed), jnp.int32(special.end_id)),
+        weights=steps.prepare(model, jnp.asarray(_allowed(vocab_size, special, banned)), jnp.int32(special.end_id)),
         chunks=jnp.asarray(chunks, jnp.int32),
         starts=jnp.asarray(starts + extra, jnp.int32),
-        capacity=chunks.shape[1] + _rounded(num_steps) - 1,
+        history=jnp.asarray(history, jnp.int32),
+        capacity=capacity,
         num_steps=num_steps,
     )
+
+
+def _allowed(vocab_size: int, special: HasSpecialIds, banned: Sequence[int]) -> Int[np.ndarray, "_"]:
+    """The ids that may be written, ascending."""
+    for token in banned:
+        if not 0 <= token < vocab_size:
+            raise UsageError(f"banned token id {token} is outside the vocabulary of {vocab_size}")
+    allowed = np.setdiff1d(np.arange(vocab_size, dtype=np.int32), [special.begin_id, special.mask_id, *banned])
+    if not np.setdiff1d(allowed, [special.end_id]).size:
+        raise UsageError(f"banned: {len(set(banned))} of {vocab_size} ids leave nothing to write")
+    return allowed
+
+
+def _require_chunks(job: _Job, progress: Progress) -> None:
+    """Raises OutOfDraws if a row's sampler found no chunk."""
+    sampler = job.recipe.sampler
+    if not isinstance(sampler, ExactTemperature) or not np.asarray(progress.ran_out).any():
+        return
+    row = int(np.argmax(progress.ran_out))
+    place = f"prompt {row}, chunk {int(progress.step) - 1} of its continuation"
+    raise sampler.out_of_draws(place, int(progress.last_draws[row]), float(progress.collision_rate[row]))
 
 
 def _rounded(length: int) -> int:

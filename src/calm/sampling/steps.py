@@ -15,10 +15,13 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from calm.autoencoder.decoder import ScoringTable
+from calm.errors import UsageError
 from calm.models.predictor import Predictor
+from calm.models.token_lm import TokenLM
 from calm.nn.dense import operand
 from calm.nn.unrolled import unrolled, unstack
-from calm.sampling.temperature import Sampler, StepKeys
+from calm.sampling import repetition
+from calm.sampling.sampler import Sampler, StepKeys
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -55,6 +58,8 @@ class Progress(NamedTuple):
     """has read all chunks but the last"""
     chunk: Int[Array, "B K"]
     """the last chunk, which the next step reads"""
+    history: Int[Array, "B T"]
+    """prompt and continuation, right-aligned; `repetition.NOTHING` where there is no token"""
     ended: Bool[Array, "B"]
     lengths: Int[Array, "B"]
     """tokens written so far, the end token not counted"""
@@ -62,6 +67,12 @@ class Progress(NamedTuple):
     """steps made before the row ended"""
     fallbacks: Int[Array, "B"]
     draws: Int[Array, "B"]
+    ran_out: Bool[Array, "B"]
+    """rows whose sampler found no chunk at the last step: generation ends there"""
+    last_draws: Int[Array, "B"]
+    """draws of the last step"""
+    collision_rate: Float[Array, "B"]
+    """of the last step's draws"""
     step: Int[Array, ""]
 
 
@@ -83,7 +94,9 @@ def prepare(model: Model, allowed: Int[Array, "X"], end_id: Int[Array, ""]) -> W
     return Weights(laid_out, ScoringTable.of(predictor.table, predictor.precision, allowed), end_id)
 
 
-def begin(model: Model, chunks: Int[Array, "B N K"], starts: Int[Array, "B"], capacity: int) -> Progress:
+def begin(
+    model: Model, chunks: Int[Array, "B N K"], starts: Int[Array, "B"], history: Int[Array, "B T"], capacity: int
+) -> Progress:
     """Reads all chunks of the prompts but the last, with the layers still stacked; the state has room for `capacity` chunks."""
     predictor: Predictor = model.merge()
     batch, length, _ = chunks.shape
@@ -92,7 +105,21 @@ def begin(model: Model, chunks: Int[Array, "B N K"], starts: Int[Array, "B"], ca
         state = predictor.hidden(chunks[:, :-1], state)[1]
     zeros = jnp.zeros((batch,), jnp.int32)
     state = state._replace(layers=unstack(state.layers, predictor.num_layers))
-    return Progress(state, chunks[:, -1], zeros.astype(bool), zeros, zeros, zeros, zeros, jnp.zeros((), jnp.int32))
+    no = zeros.astype(bool)
+    return Progress(
+        state=state,
+        chunk=chunks[:, -1],
+        history=history,
+        ended=no,
+        lengths=zeros,
+        steps=zeros,
+        fallbacks=zeros,
+        draws=zeros,
+        ran_out=no,
+        last_draws=zeros,
+        collision_rate=zeros.astype(jnp.float32),
+        step=jnp.zeros((), jnp.int32),
+    )
 
 
 def step_keys(keys: Array, step: Int[Array, ""]) -> StepKeys:
@@ -114,18 +141,31 @@ class ModelSource:
     decoding: str
     hidden: Float[Array, "B D"]
     previous: Int[Array, "B K"]
+    history: Int[Array, "B T"]
+    alive: Bool[Array, "B"]
 
     def draw(self, keys: Array, num_draws: int) -> Int[Array, "S B K"]:
         predictor = self.predictor
         noise = jax.vmap(lambda key: predictor.draw_noise(key, (num_draws,), self.decoding), out_axes=1)(keys)
         return predictor.write(self.hidden, self.previous, noise, decoding=self.decoding, table=self.table)
 
+    def repeats(self, chunks: Int[Array, "S B K"], length: int) -> Bool[Array, "S B"]:
+        return repetition.repeats(self.history, chunks, length)
+
+    def logits(self) -> Float[Array, "B V"]:
+        """Of a model that knows them (`calm.models.TokenLM`); banned tokens have minus infinity."""
+        if not isinstance(self.predictor, TokenLM):
+            raise UsageError("this sampler needs probabilities, which only a token model has; use one that draws")
+        return self.predictor.logits(self.hidden, self.table)
+
 
 def advance(recipe: Recipe, weights: Weights, keys: StepKeys, progress: Progress) -> tuple[Progress, Int[Array, "B K"]]:
     """One step: the next chunk of every row. Rows that have ended write end ids and count no more."""
     predictor: Predictor = weights.model.merge()
     hidden, state = predictor.hidden(progress.chunk[:, None], progress.state)
-    source = ModelSource(predictor, weights.table, recipe.decoding, hidden[:, 0], progress.chunk)
+    source = ModelSource(
+        predictor, weights.table, recipe.decoding, hidden[:, 0], progress.chunk, progress.history, ~progress.ended
+    )
     choice = recipe.sampler.sample(keys, source)
 
     ends = choice.chunk == weights.end_id
@@ -135,17 +175,21 @@ def advance(recipe: Recipe, weights: Weights, keys: StepKeys, progress: Progress
     progress = Progress(
         state=state,
         chunk=chunk,
+        history=jnp.concatenate([progress.history[:, chunk.shape[1] :], chunk], axis=1),
         ended=over[:, -1],
         lengths=progress.lengths + jnp.sum(~over, axis=-1, dtype=jnp.int32),
         steps=progress.steps + alive,
         fallbacks=progress.fallbacks + alive * choice.fell_back,
         draws=progress.draws + alive * choice.draws,
+        ran_out=progress.ran_out if choice.ran_out is None else choice.ran_out,
+        last_draws=choice.draws,
+        collision_rate=progress.collision_rate if choice.collision_rate is None else choice.collision_rate,
         step=progress.step + 1,
     )
     return progress, chunk
 
 
-@partial(jax.jit, static_argnums=(0, 6))
+@partial(jax.jit, static_argnums=(0, 7))
 def run(
     recipe: Recipe,
     model: Model,
@@ -153,18 +197,22 @@ def run(
     keys: Array,
     chunks: Int[Array, "B N K"],
     starts: Int[Array, "B"],
+    history: Int[Array, "B T"],
     capacity: int,
     num_steps: Int[Array, ""],
 ) -> tuple[Progress, Int[Array, "X B K"]]:
-    """Prompts in, chunks out: `num_steps` steps, or fewer once every row has ended. Chunks never written hold end ids."""
-    progress = begin(model, chunks, starts, capacity)
+    """Prompts in, chunks out: `num_steps` steps, or fewer once every row has ended. Chunks never written hold end ids.
+
+    It also stops where a sampler ran out of draws; the caller looks at `Progress.ran_out`.
+    """
+    progress = begin(model, chunks, starts, history, capacity)
     batch, length, chunk_size = chunks.shape
     limit = capacity - length + 1
     written = jnp.full((limit, batch, chunk_size), weights.end_id, jnp.int32)
     every_key = jax.vmap(lambda step: step_keys(keys, step))(jnp.arange(limit))  # deriving a key is a loop of small operations
 
     def unfinished(carry: tuple[Progress, Array]) -> Array:
-        return (carry[0].step < num_steps) & ~carry[0].ended.all()
+        return (carry[0].step < num_steps) & ~carry[0].ended.all() & ~carry[0].ran_out.any()
 
     def body(carry: tuple[Progress, Array]) -> tuple[Progress, Array]:
         progress, chunk = advance(recipe, weights, jax.tree.map(lambda x: x[carry[0].step], every_key), carry[0])
@@ -173,7 +221,7 @@ def run(
     return jax.lax.while_loop(unfinished, body, (progress, written))
 
 
-prefill = jax.jit(begin, static_argnums=3)
+prefill = jax.jit(begin, static_argnums=4)
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=3)

@@ -1,13 +1,11 @@
-"""Temperature without likelihoods: samplers that choose among candidate chunks by how often each was drawn.
+"""Temperature without likelihoods: P(chunk)^(1/T) from how often each chunk was drawn.
 
-A sampler is a small frozen dataclass with one method, `sample`, which runs on the device for all rows at once and draws from
-the model as often as it needs to.
+T is a fraction throughout. In floats 1 / (1/49) is not 49, and whether 1/T is whole decides what a sampler does.
 """
 
 import dataclasses
 import math
 from fractions import Fraction
-from typing import NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -16,145 +14,99 @@ from jaxtyping import Array, Bool, Float, Int
 
 from calm.errors import UsageError
 from calm.rng import PRNGKey
-
-EQUALITY_LIMIT = 400  # beyond, the S x S matrix of a batch outgrows the cache: at 2000 sorting is 16 times faster (CPU)
-
-
-class StepKeys(NamedTuple):
-    """The keys of one step, one for each row and purpose. A row's depend on its own key and the step alone."""
-
-    draw: Array
-    choice: Array
+from calm.sampling.counts import Filters, chosen, tally, without_repeats
+from calm.sampling.sampler import Choice, Source, StepKeys
 
 
-@runtime_checkable
-class Source(Protocol):
-    """The law of the next chunk of every row: it can be drawn from, and says no probabilities."""
+def exact_temperature(temperature: float | int | str | Fraction) -> Fraction:
+    """T as a fraction: `"1/3"`, `"0.7"` and `Fraction` as they are, a float as the number that it is printed as.
 
-    def draw(self, keys: Array, num_draws: int) -> Int[Array, "S B K"]:
-        """`num_draws` independent chunks for each row, row b's from `keys[b]` alone."""
-        ...
+    A float that is the one nearest to 1/n is 1/n: 1 / 3 is one third, though it prints as 0.3333333333333333.
 
-
-class Choice(NamedTuple):
-    """What a sampler decided."""
-
-    chunk: Int[Array, "B K"]
-    fell_back: Bool[Array, "B"]
-    """true where no chunk was drawn often enough, so that a lower count decided"""
-    draws: Int[Array, "B"]
-    """chunks drawn for each row"""
-
-
-@runtime_checkable
-class Sampler(Protocol):
-    """Chooses the next chunk of every row by drawing from the model."""
-
-    def sample(self, keys: StepKeys, source: Source) -> Choice: ...
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class PlainSampler:
-    """T = 1: one chunk is drawn."""
-
-    def sample(self, keys: StepKeys, source: Source) -> Choice:
-        chunk = source.draw(keys.draw, 1)[0]
-        return Choice(chunk, jnp.zeros(chunk.shape[:1], bool), jnp.ones(chunk.shape[:1], jnp.int32))
+    Raises:
+        UsageError: not a number, or not above 0.
+    """
+    try:
+        if isinstance(temperature, float):
+            exact = Fraction(repr(float(temperature)))
+        elif isinstance(temperature, str) and "/" not in temperature:
+            return exact_temperature(float(temperature))
+        else:
+            exact = Fraction(temperature)
+        value = float(exact)
+    except (ValueError, OverflowError, ZeroDivisionError) as error:
+        raise UsageError(f"temperature {temperature}: not a number; give one above 0, such as 0.7 or 1/3") from error
+    if exact <= 0:
+        raise UsageError(f"temperature {temperature}: must be above 0, such as 0.7 or 1/3; best-of-N is the limit of 0")
+    if isinstance(temperature, float):
+        nearest = Fraction(1, max(1, round(1 / exact)))
+        return nearest if float(nearest) == value else exact
+    return exact
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BatchTemperature:
-    """Samples near P(chunk)^n / Z, that is T = 1/n, from draws alone (CALM, arXiv:2510.27688; its N is our S).
+    """Samples near P(chunk)^(1/T) / Z from S draws a step, for any T > 0 (batch temperature sampling, CALM, arXiv:2510.27688).
 
-    Of S candidates, a chunk drawn c times weighs C(c, n): the number of ways to draw it n times in a row without replacement.
-    If no chunk came n times, n - 1, n - 2, ... 1 are tried; the first that succeeds is the largest count itself, so that step
-    chooses evenly among the chunks of largest count, and is reported as a fallback. Biased for finite S, consistent: at
-    P = (.4, .3, .2, .1) and T = 1/2 the total variation to the target is .034 / .009 / .002 for S = 10 / 50 / 200. n is kept as
-    an integer, because a float T fails: 1 / (1/49) is not 49. The published code does this on the host; here it stays on the
-    device.
+    With b = 1/T, a chunk drawn c times weighs the generalised binomial coefficient C(c, b) = Gamma(c+1) / (Gamma(b+1)
+    Gamma(c-b+1)), provided c > b - 1; at b = n this is the number of ways to pick the chunk n times without replacement, the
+    published rule. If no count is above b - 1, then b - 1, b - 2, ... are tried; the first that succeeds leaves the largest
+    count alone, so that step chooses evenly among the chunks of largest count, and is reported as a fallback.
+
+    Biased at finite S, consistent (docs/sampling.md has the bias by enumeration). Above T = 1 all weights are positive and
+    nothing falls back, but a chunk that was not drawn cannot be chosen, and where all draws differ the law is that of T = 1.
+    The published code has T = 1/n only, on the host; here it stays on the device.
     """
 
-    n: int = 2
-    """1 / T"""
+    temperature: Fraction = Fraction(1, 2)
     num_candidates: int = 200
     """S, chunks drawn per step"""
+    filters: Filters = Filters()
+    no_repeat: int | None = None
+    """leave out chunks that would repeat this many tokens in a row (`calm.sampling.repetition`)"""
 
     def __post_init__(self) -> None:
-        if not 1 <= self.n <= self.num_candidates:
-            message = f"temperature 1/{self.n} needs 1 <= {self.n} <= candidates, got candidates={self.num_candidates}"
+        if self.temperature <= 0:
+            raise UsageError(f"temperature {self.temperature}: must be above 0")
+        if not 1 / self.temperature - 1 < self.num_candidates:
+            needed = math.ceil(1 / self.temperature)
+            message = f"temperature {self.temperature} needs candidates >= {needed}, got candidates={self.num_candidates}"
             raise UsageError(message)
 
     def sample(self, keys: StepKeys, source: Source) -> Choice:
         candidates = source.draw(keys.draw, self.num_candidates)
-        index, fell_back = jax.vmap(self.choose, in_axes=(0, 1))(keys.choice, candidates)
-        chunk = jnp.take_along_axis(candidates, index[None, :, None], axis=0)[0]
-        return Choice(chunk, fell_back, jnp.full(chunk.shape[:1], self.num_candidates, jnp.int32))
+        repeated = source.repeats(candidates, self.no_repeat) if self.no_repeat else None
+        index, fell_back = jax.vmap(self.choose)(
+            keys.choice, candidates.swapaxes(0, 1), None if repeated is None else repeated.T
+        )
+        return chosen(candidates, index, fell_back)
 
-    def choose(self, key: PRNGKey, candidates: Int[Array, "S K"]) -> tuple[Int[Array, ""], Bool[Array, ""]]:
-        """For one row: the place of the chosen candidate, and whether no chunk came n times."""
-        counts = count_equal(candidates)
-        index = jax.random.categorical(key, log_weights(counts, self.n, self.num_candidates)).astype(jnp.int32)
-        return index, counts.max() < self.n
+    def choose(
+        self, key: PRNGKey, candidates: Int[Array, "S K"], repeated: Bool[Array, "S"] | None = None
+    ) -> tuple[Int[Array, ""], Bool[Array, ""]]:
+        """For one row: the place of the chosen candidate, and whether it fell back."""
+        counts, stuck = without_repeats(tally(candidates), repeated)
+        weights = self.filters(log_weights(counts, self.temperature, self.num_candidates))
+        index = jax.random.categorical(key, weights).astype(jnp.int32)
+        return index, stuck | falls_back(counts, self.temperature)
 
 
-def from_temperature(temperature: float | int | str | Fraction, candidates: int = 200) -> PlainSampler | BatchTemperature:
-    """The sampler of T = 1 or T = 1/n: `1`, `0.5`, `1 / 3`, `"1/3"`, `Fraction(1, 3)`.
+def falls_back(counts: Int[Array, "*b X"], temperature: Fraction) -> Bool[Array, "*b"]:
+    """Whether no count along the last axis is above 1/T - 1."""
+    return counts.max(-1) <= math.floor(1 / temperature - 1)
 
-    A float counts as 1/n only if it is the float nearest to 1/n. Another T raises UsageError with the nearest allowed ones.
+
+def log_weights(counts: Int[Array, "*b X"], temperature: Fraction, num_candidates: int) -> Float[Array, "*b X"]:
+    """Log weight of chunks that were drawn `counts` times among `num_candidates`: log C(count, 1/T), -inf where it has none.
+
+    If no count along the last axis is above 1/T - 1, the chunks of largest count weigh the same. Count 0 weighs nothing.
     """
-    try:
-        exact = Fraction(temperature)
-        value = float(exact)
-    except (ValueError, OverflowError, ZeroDivisionError) as error:
-        raise UsageError(f"temperature {temperature}: not a number; use 1 or 1/n for a whole n, such as 0.5") from error
-    if candidates < 1:
-        raise UsageError(f"candidates must be at least 1, got {candidates}")
-    if exact <= 0:
-        raise UsageError(f"temperature {temperature}: must be above 0; use 1 or 1/n for a whole n, such as 0.5")
-    nearest = max(1, round(1 / exact))
-    if exact not in (Fraction(1, nearest), Fraction(1 / nearest)):
-        lower = math.floor(1 / exact)
-        if not lower:
-            raise UsageError(f"temperature {value:g} is above 1; the nearest allowed is 1")
-        options = f"{Fraction(1, lower)} or {Fraction(1, lower + 1)}"
-        raise UsageError(f"temperature {value:g} is not 1/n for a whole n; the nearest allowed are {options}")
-    return PlainSampler() if nearest == 1 else BatchTemperature(n=nearest, num_candidates=candidates)
-
-
-def log_weights(counts: Int[Array, "*b X"], n: int, num_candidates: int) -> Float[Array, "*b X"]:
-    """Log weight of one copy of a chunk that was drawn `counts` times, so that its copies together weigh C(count, n).
-
-    If no count along the last axis reaches n, all copies of the chunks of largest count weigh the same.
-    """
+    power = 1 / temperature
+    least = max(1, math.floor(power - 1) + 1)  # the smallest count above 1/T - 1
+    b = float(power)
     table = np.full(num_candidates + 1, -np.inf)
-    log_factorial = np.array([math.lgamma(c + 1.0) for c in range(num_candidates + 1)])
-    drawn = np.arange(n, num_candidates + 1)
-    table[n:] = log_factorial[drawn] - log_factorial[n] - log_factorial[drawn - n] - np.log(drawn)
+    for count in range(least, num_candidates + 1):
+        table[count] = math.lgamma(count + 1.0) - math.lgamma(b + 1.0) - math.lgamma(float(count - power + 1))
     largest = counts.max(-1, keepdims=True)
     fallback = jnp.where(counts == largest, 0.0, -jnp.inf)
-    return jnp.where(largest >= n, jnp.asarray(table, jnp.float32)[counts], fallback)
-
-
-def count_equal(chunks: Int[Array, "S K"]) -> Int[Array, "S"]:
-    """How many of the S chunks equal each one, itself included; exact at any size."""
-    return count_by_pairs(chunks) if chunks.shape[0] <= EQUALITY_LIMIT else count_by_sorting(chunks)
-
-
-def count_by_pairs(chunks: Int[Array, "S K"]) -> Int[Array, "S"]:
-    """`count_equal` by comparing all pairs: S^2 K comparisons that vectorise."""
-    equal = chunks[:, None, 0] == chunks[None, :, 0]
-    for place in range(1, chunks.shape[1]):
-        equal &= chunks[:, None, place] == chunks[None, :, place]
-    return equal.sum(-1, dtype=jnp.int32)
-
-
-def count_by_sorting(chunks: Int[Array, "S K"]) -> Int[Array, "S"]:
-    """`count_equal` by sorting the chunks in dictionary order, where equal ones stand side by side."""
-    size, places = chunks.shape
-    operands = (*(chunks[:, place] for place in range(places)), jnp.arange(size, dtype=jnp.int32))
-    *columns, order = jax.lax.sort(operands, num_keys=places)
-    in_order = jnp.stack(columns)
-    changes = (in_order[:, 1:] != in_order[:, :-1]).any(0)
-    group = jnp.cumsum(jnp.concatenate([jnp.zeros((1,), jnp.int32), changes.astype(jnp.int32)]))
-    sizes = jax.ops.segment_sum(jnp.ones((size,), jnp.int32), group, num_segments=size, indices_are_sorted=True)
-    return jnp.zeros((size,), jnp.int32).at[order].set(sizes[group])
+    return jnp.where(largest >= least, jnp.asarray(table, jnp.float32)[counts], fallback)
