@@ -31,6 +31,7 @@ def random_model(config: Any, seed: int = 0, precision: str = "float32") -> Any:
             "scale": lambda noise=noise: 1 + 0.1 * noise,
             "bias": lambda noise=noise: 0.1 * noise,
             "embedding": lambda noise=noise: noise,
+            "table": lambda noise=noise: noise,
         }[kind]()
     return build_with_weights(config, weights, precision=precision, where="test")
 

@@ -28,13 +28,11 @@ class SoftmaxHead(nnx.Module):
         precision: Precision = "float32",
         rngs: nnx.Rngs,
     ):
-        self.narrow = None
-        if table_dim != dim:
-            self.narrow = Dense(dim, table_dim, init_std=init_std, precision=precision, rngs=rngs)
-        self.table = None
-        if not tied:
-            std = table_dim**-0.5 if init_std is None else init_std
-            self.table = nnx.Param(std * jax.random.normal(rngs.params(), (vocab_size, table_dim), jnp.float32))
+        sizes = dict(init_std=init_std, precision=precision, rngs=rngs)
+        std = table_dim**-0.5 if init_std is None else init_std
+        self.narrow = Dense(dim, table_dim, **sizes) if table_dim != dim else None
+        own = None if tied else std * jax.random.normal(rngs.params(), (vocab_size, table_dim), jnp.float32)
+        self.table = None if own is None else nnx.Param(own)
 
     def __call__(self, hidden: Float[Array, "*b D"]) -> Float[Array, "*b W"]:
         return hidden if self.narrow is None else self.narrow(hidden)

@@ -71,9 +71,8 @@ class TokenEmbedding(nnx.Module):
         std = width**-0.5 if config.init_std is None else config.init_std
         # Not named `embedding`: generation rounds what bears that name to the precision of products, and this row is added.
         self.table = nnx.Param(std * jax.random.normal(rngs.params(), (config.vocab_size, width), jnp.float32))
-        self.widen = None
-        if width != dim:
-            self.widen = Dense(width, dim, init_std=config.init_std, precision=precision, rngs=rngs)
+        sizes = dict(init_std=config.init_std, precision=precision, rngs=rngs)
+        self.widen = Dense(width, dim, **sizes) if width != dim else None
         self.norm = nnx.RMSNorm(dim, epsilon=1e-6, rngs=rngs)
 
     def __call__(self, tokens: Int[Array, "*b"]) -> Float[Array, "*b D"]:
