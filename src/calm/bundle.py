@@ -28,6 +28,7 @@ from calm.rng import row_keys, stream
 from calm.sampling import Generated, Sampler, from_temperature
 from calm.sampling import generate as generate_tokens
 from calm.sampling import stream as stream_tokens
+from calm.sampling.choose import DEFAULT_BUDGET
 from calm.sampling.softmax import softmax_sampler
 from calm.stages import LatentLMRun, TokenLMRun, load_autoencoder, load_lm, load_run_config, validation_blocks
 from calm.text.chunking import chunk_prompt
@@ -103,7 +104,15 @@ class Bundle:
         *,
         max_tokens: int = 128,
         temperature: float | str = 1.0,
+        sampler: str | None = None,
         candidates: int = 200,
+        max_draws: int = DEFAULT_BUDGET,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        no_repeat: int | None = None,
+        ban: Sequence[str | int] = (),
+        decoding: str = "argmax",
         seed: int = 0,
         stream: Callable[[str], None] | None = None,
     ) -> dict[str, Any]:
@@ -111,10 +120,19 @@ class Bundle:
 
         Args:
             max_tokens: the most tokens that are added to a prompt.
-            temperature: 1, or 1/n for a whole n, by `candidates` draws at each chunk.
+            temperature: any number above 0, `"1/3"` included.
+            sampler: "batch" (chunks, by `candidates` draws each), "exact" (chunks, the law itself, at most `max_draws` each) or
+                "best" (the chunk drawn most often); by default "batch", and the token's own probabilities for a token model.
+            top_k, top_p, min_p: which chunks (of a token model: tokens) may be chosen.
+            no_repeat: write no run of this many tokens twice.
+            ban: what is never written: token ids, or texts that are one token.
+            decoding: how a latent becomes tokens: "argmax" or "drawn".
             stream: called with every piece of text as it comes; for one prompt.
         Returns:
-            texts, tokens (counts), ended, fallback_share (of steps at which no chunk was drawn n times), draws.
+            texts, tokens (counts), ended, fallback_share and draws (see `calm.sampling.Generated`), decoding.
+        Raises:
+            UsageError: options out of range, or that do not go together.
+            OutOfDraws: the exact sampler accepted no chunk within its budget.
         """
         predictor = self.predictor
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
@@ -122,10 +140,13 @@ class Bundle:
             raise UsageError("prompts: give at least one (the empty prompt is unconditional)")
         ids = [self.tokenizer.encode(prompt) for prompt in prompts]
         keys = row_keys(jax.random.key(seed), len(ids))
+        filters = dict(top_k=top_k, top_p=top_p, min_p=min_p)
         options: dict[str, Any] = dict(
             special=self.tokenizer,
             max_tokens=max_tokens,
-            sampler=self._sampler(temperature, candidates),
+            sampler=self._sampler(temperature, sampler, candidates, max_draws, no_repeat, filters),
+            banned=[self._banned(each) for each in ban],
+            decoding=decoding,
             context=self.block_tokens // self.chunk_size,
         )
         if stream is None:
@@ -219,11 +240,34 @@ class Bundle:
             raise UsageError(f"{self.folder}: holds an autoencoder only; name the run of a language model")
         return self.lm
 
-    def _sampler(self, temperature: float | str, candidates: int) -> Sampler:
-        """By probabilities where the model has them, else by counts of `candidates` draws."""
-        if isinstance(self.lm, TokenLM):
-            return softmax_sampler(temperature)
-        return from_temperature(temperature, candidates)
+    def _sampler(
+        self,
+        temperature: float | str,
+        kind: str | None,
+        candidates: int,
+        max_draws: int,
+        no_repeat: int | None,
+        filters: dict[str, Any],
+    ) -> Sampler:
+        """By probabilities where the model has them, unless a sampler that draws is asked for."""
+        if kind is None and isinstance(self.lm, TokenLM):
+            if no_repeat is not None:
+                raise UsageError(
+                    "no_repeat: name a sampler that draws (batch, exact or best); a token model's own has no such rule"
+                )
+            return softmax_sampler(temperature, **filters)
+        return from_temperature(
+            temperature, candidates, kind=kind or "batch", max_draws=max_draws, no_repeat=no_repeat, **filters
+        )
+
+    def _banned(self, token: str | int) -> int:
+        """The id of a token given by its id or by its text."""
+        if isinstance(token, int):
+            return token
+        ids = self.tokenizer.encode(token)
+        if len(ids) != 1:
+            raise UsageError(f"ban {token!r}: is {len(ids)} tokens, and a ban takes one; a leading blank makes another token")
+        return int(ids[0])
 
     def _require_autoencoder(self) -> Autoencoder:
         if self.autoencoder is None:

@@ -121,7 +121,7 @@ def test_missing_runs_and_checkpoints_are_named(tiny_runs, tmp_path):
 def test_prompts_that_do_not_fit_are_refused(tiny_runs, tmp_path):
     words = ["generate", str(tiny_runs / "lm"), "--max-tokens", "8"]
     fails(2, "context", words=[*words, "--prompt", "x" * 999])
-    fails(2, "temperature", words=[*words, "--temperature", "0.3"])
+    fails(2, "temperature", words=[*words, "--temperature", "0"])
     fails(2, "nowhere.txt", words=[*words, "--prompt-file", str(tmp_path / "nowhere.txt")])
 
 

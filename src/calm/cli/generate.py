@@ -3,7 +3,7 @@
 import dataclasses
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -23,9 +23,26 @@ class Generate:
     max_tokens: int = 128
     """The most tokens that are added to a prompt."""
     temperature: str = "1"
-    """1, or 1/n for a whole n: 0.5, 1/3, 0.25 ..."""
+    """Any number above 0: 0.7, 1/3, 1.5 ... Below 1 the sampler decides how near its law comes and what it costs."""
+    sampler: Literal["auto", "batch", "exact", "best"] = "auto"
+    """batch: near the temperature's law, for --candidates draws a chunk; exact: the law itself at temperatures up to 1, for as
+    many draws as it takes; best: the chunk drawn most often; auto: batch, and for a token model its own probabilities."""
     candidates: int = 200
-    """How many draws the sampler chooses among below temperature 1."""
+    """How many draws a chunk is chosen among; at temperature 1 without other options one is drawn."""
+    max_draws: int = 20_000
+    """The most draws of the exact sampler for one chunk; when they run out, the command ends with an error."""
+    top_k: int | None = None
+    """Choose among the k chunks drawn most often."""
+    top_p: float | None = None
+    """Choose among the fewest chunks that make up this share of the draws, weighed by temperature."""
+    min_p: float | None = None
+    """Choose among the chunks of at least this share of the heaviest one's weight."""
+    no_repeat: int | None = None
+    """Write no run of this many tokens twice."""
+    ban: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    """A token never to write: text that is one token, or #ID; repeatable."""
+    decoding: Literal["argmax", "drawn"] = "argmax"
+    """How a latent becomes tokens: the decoder's argmax, or drawn from its softmax."""
     seed: int = 0
     out: str | None = None
     """Also write the texts to this file, one after the other with an empty line between."""
@@ -44,7 +61,15 @@ class Generate:
             prompts,
             max_tokens=self.max_tokens,
             temperature=self.temperature,
+            sampler=None if self.sampler == "auto" else self.sampler,
             candidates=self.candidates,
+            max_draws=self.max_draws,
+            top_k=self.top_k,
+            top_p=self.top_p,
+            min_p=self.min_p,
+            no_repeat=self.no_repeat,
+            ban=[int(each[1:]) if each[:1] == "#" and each[1:].isdecimal() else each for each in self.ban],
+            decoding=self.decoding,
             seed=self.seed,
             stream=stream if len(prompts) == 1 else None,
         )
