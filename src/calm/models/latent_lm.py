@@ -6,10 +6,11 @@ import jax
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from calm.autoencoder.autoencoder import Autoencoder
 from calm.errors import UsageError
 from calm.heads import EnergyHeadConfig, HeadConfig
 from calm.models.context_decoder import ContextDecoderConfig
-from calm.models.stems import ChunkCompression
+from calm.models.stems import ChunkCompression, Reads
 from calm.nn.backbone import BackboneConfig, BackboneState
 from calm.nn.dense import Precision
 from calm.rng import PRNGKey
@@ -25,6 +26,8 @@ class LatentLMConfig:
     """K; 0 = taken from the autoencoder"""
     latent_dim: int = 0
     """Z; 0 = taken from the autoencoder"""
+    stem: Reads = "discrete"
+    """what the model reads of each chunk: its tokens, its latent (continuous), or both"""
     backbone: BackboneConfig = BackboneConfig()
     head: HeadConfig = EnergyHeadConfig()
     context_decoder: ContextDecoderConfig | None = None
@@ -43,7 +46,7 @@ class LatentLMConfig:
     def flops(self, context: int, num_samples: int) -> int:
         """Forward FLOPs of one position: stem, backbone over `context` chunks, and `num_samples` samples of the head."""
         dim = self.backbone.dim
-        stem = ChunkCompression.flops(self.chunk_size, dim)
+        stem = ChunkCompression.flops(self.chunk_size, dim, self.latent_dim, self.stem)
         return stem + self.backbone.flops(context) + self.head.flops(dim, self.latent_dim, num_samples)
 
     def writing_flops(self, num_samples: int) -> int:
@@ -66,7 +69,14 @@ class LatentLM(nnx.Module):
         self.config, self.precision = config, precision
         dim = config.backbone.dim
         self.stem = ChunkCompression(
-            config.vocab_size, config.chunk_size, dim, init_std=config.init_std, precision=precision, rngs=rngs
+            config.vocab_size,
+            config.chunk_size,
+            dim,
+            reads=config.stem,
+            latent_dim=config.latent_dim,
+            init_std=config.init_std,
+            precision=precision,
+            rngs=rngs,
         )
         self.backbone = config.backbone.build(rngs=rngs, precision=precision)
         self.head = config.head.build(dim, config.latent_dim, rngs=rngs, precision=precision)
@@ -79,10 +89,18 @@ class LatentLM(nnx.Module):
         return self.backbone.init_state(batch, context, starts)
 
     def hidden(
-        self, chunks: Int[Array, "B N K"], state: BackboneState | None = None
+        self, chunks: Int[Array, "B N K"], state: BackboneState | None = None, autoencoder: Autoencoder | None = None
     ) -> tuple[Float[Array, "B N D"], BackboneState | None]:
-        """Position i has read chunks 0..i and predicts chunk i + 1. With a state, the chunks continue what it has read."""
-        return self.backbone(self.stem(chunks), state)
+        """Position i has read chunks 0..i and predicts chunk i + 1. With a state, the chunks continue what it has read.
+
+        A stem that reads latents needs the autoencoder, whose encoder makes them; else it is not looked at.
+        """
+        latents = None
+        if self.stem.reads_latents:
+            if autoencoder is None:
+                raise UsageError(f"a model with stem {self.config.stem!r} reads latents: give its autoencoder with the chunks")
+            latents = autoencoder.encode(chunks).mean
+        return self.backbone(self.stem(chunks, latents), state)
 
     def sample(self, key: PRNGKey, hidden: Float[Array, "*b D"], num_samples: int) -> Float[Array, "S *b Z"]:
         """S independent samples of the next latent at every position."""

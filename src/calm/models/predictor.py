@@ -114,7 +114,7 @@ class NextVector(nnx.Module):
 
     def hidden(self, chunks: Int[Array, "B N K"], state: Any = None) -> tuple[Float[Array, "B N D"], Any]:
         """Position i has read chunks 0..i and predicts chunk i + 1. With a state, the chunks continue what it has read."""
-        return self.lm.hidden(chunks, state)
+        return self.lm.hidden(chunks, state, self.autoencoder)
 
     def draw_noise(self, key: PRNGKey, shape: tuple[int, ...], decoding: str = "argmax") -> Noise:
         """The noise of samples of leading shape `shape`."""

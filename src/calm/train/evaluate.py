@@ -1,9 +1,9 @@
 """Scoring trained models on blocks of held-out text. Everything per position happens on the device, in one compiled
 function.
 
-Blocks `[R T]` come from `calm.text.batches.evaluation_blocks`. In each block, position i = 0 .. N-2 has read chunks
-0..i and is scored on chunk i + 1; n-gram baselines are scored at the same positions from the same context. Results
-keep the sums of every block, so that two models can be compared on the same blocks (`calm.report.scores.compare`).
+Blocks `[R T]` come from `calm.text.batches.evaluation_blocks`. Results keep the sums of every block, so that two models can be
+compared on the same blocks (`calm.report.scores.compare`). Here: autoencoders, and models whose Brier-n is known in closed form,
+at the boundaries of `calm.train.boundaries`; models that are sampled are in `calm.train.brier`.
 """
 
 import time
@@ -19,15 +19,15 @@ from jaxtyping import Array, Float, Int
 
 from calm.autoencoder.autoencoder import Autoencoder
 from calm.errors import UsageError
-from calm.losses.energy_score import energy_loss
 from calm.metrics.accumulate import BlockSums, bootstrap
-from calm.metrics.brier_lm import Decoding, Protocol, TextProtocol, brier_argmax, brier_drawn_from_latents
+from calm.metrics.brier_lm import Protocol, TextProtocol
 from calm.metrics.reconstruction import LatentMoments, latent_moments, reconstruction, with_noise
-from calm.models.latent_lm import LatentLM
 from calm.models.ngram import Ngram, TokenSource, exact_brier, fit_ngrams, log_prob
 from calm.report.scores import AutoencoderReport, BrierReport, NoisyAccuracy
 from calm.rng import PRNGKey, stream
 from calm.text.shards import Data
+from calm.train.boundaries import boundaries, targets_at
+from calm.worlds.world import World
 
 # On CPU small batches stay in cache and are faster; an accelerator wants full ones.
 TOKENS_PER_BATCH_CPU, TOKENS_PER_BATCH = 2048, 32768
@@ -47,7 +47,7 @@ def text_protocol(data: Data, split: str, *, block_tokens: int, chunk_size: int,
     )
 
 
-def _checked(
+def checked(
     blocks: Int[np.ndarray, "R T"], document: Int[np.ndarray, "*r"], chunk_size: int, text: TextProtocol | None
 ) -> TextProtocol:
     """The protocol to stamp: `text`, or that of text which nobody named. Raises UsageError where it does not fit the
@@ -85,7 +85,7 @@ def _batches(blocks: Int[np.ndarray, "R T"], batch_size: int) -> Iterator[tuple[
         yield blocks[rows].astype(np.int32), rows.astype(np.int32)
 
 
-def _run(
+def run_blocks(
     score: Callable[[np.ndarray, np.ndarray], Any], blocks: Int[np.ndarray, "R T"], batch_size: int | None
 ) -> tuple[Any, float]:
     """Scores every block: the results with one row a block, and tokens per second.
@@ -108,85 +108,10 @@ def _run(
     return jax.tree.map(lambda *parts: np.concatenate(parts)[: len(blocks)], *results), rate
 
 
-def _sums(total: np.ndarray, count: int, document: np.ndarray, block_tokens: int) -> BlockSums:
+def sums_of(total: np.ndarray, count: int, document: np.ndarray, block_tokens: int) -> BlockSums:
     total = np.asarray(total, np.float64).reshape(len(document), -1)
     full = np.full(len(document), float(count))
     return BlockSums(total=total, count=full, document=np.asarray(document, np.int64), block_tokens=block_tokens)
-
-
-@partial(jax.jit, static_argnames=("graphs", "num_samples", "decoding", "with_energy"))
-def _score_latent_lm(
-    graphs: tuple[Any, Any],
-    params: tuple[Any, Any],
-    tokens: Int[Array, "B T"],
-    rows: Int[Array, "B"],
-    key: PRNGKey,
-    *,
-    num_samples: int,
-    decoding: Decoding,
-    with_energy: bool,
-) -> tuple[Float[Array, "B O"], Float[Array, "B 1"]]:
-    autoencoder, lm = (nnx.merge(graph, values) for graph, values in zip(graphs, params, strict=True))
-    chunks = tokens.reshape(len(tokens), -1, autoencoder.config.chunk_size)
-    targets = chunks[:, 1:]
-    hidden, _ = lm.hidden(chunks[:, :-1])
-    # One key a block, by its number in the split: a score does not depend on the batch size.
-    keys = jax.vmap(partial(jax.random.fold_in, stream(key, "samples")))(rows)
-    latents = jax.vmap(lambda key, hidden: lm.sample(key, hidden, num_samples), out_axes=1)(keys, hidden)
-    if decoding == "argmax":
-        scores = brier_argmax(autoencoder.decode(latents), targets)
-    else:
-        scores = brier_drawn_from_latents(autoencoder.logits, latents, targets)
-    energy = jnp.zeros(targets.shape[:-1])
-    if with_energy:
-        energy = energy_loss(latents, autoencoder.encode(targets), stream(key, "draws"))
-    return scores.sum(1), energy.sum(1, keepdims=True)
-
-
-def evaluate_latent_lm(
-    autoencoder: Autoencoder,
-    lm: LatentLM,
-    blocks: Int[np.ndarray, "R T"],
-    document: Int[np.ndarray, "*r"],
-    key: PRNGKey,
-    *,
-    num_samples: int = 8,
-    decoding: Decoding = "argmax",
-    batch_size: int | None = None,
-    with_energy: bool = True,
-    text: TextProtocol | None = None,
-    name: str = "latent LM",
-) -> BrierReport:
-    """Brier-n, BrierLM and the validation energy loss of a next-vector model.
-
-    Args:
-        autoencoder, lm: `calm.autoencoder.Autoencoder` and `calm.models.latent_lm.LatentLM`, or modules with the same
-        methods. blocks, document: token blocks and the document that each begins in. num_samples: S samples of the
-        next latent at each position, at least 2. The energy loss uses the same samples. decoding: tokens of a latent
-        are the decoder's "argmax", or "drawn" from its softmax (scored exactly, without drawing). batch_size: blocks
-        at a time; by default about 2048 tokens on CPU and 32768 elsewhere. It does not change the scores. text: what
-        to stamp on the scores.
-
-    Raises:
-        UsageError: blocks that do not fit the chunk size or the protocol, fewer than 2 samples, an unknown decoding.
-    """
-    chunk_size = autoencoder.config.chunk_size
-    text = _checked(blocks, document, chunk_size, text)
-    if decoding not in ("argmax", "drawn"):
-        raise UsageError(f"decoding must be argmax or drawn, got {decoding!r}")
-    protocol = Protocol(**text.to_dict(), num_samples=num_samples, decoding=decoding)
-    (autoencoder_graph, autoencoder_params), (lm_graph, lm_params) = nnx.split(autoencoder), nnx.split(lm)
-    score = partial(_score_latent_lm, num_samples=num_samples, decoding=decoding, with_energy=with_energy)
-    graphs, params = (autoencoder_graph, lm_graph), (autoencoder_params, lm_params)
-    (scores, energy), rate = _run(lambda tokens, rows: score(graphs, params, tokens, rows, key), blocks, batch_size)
-    positions, block_tokens = blocks.shape[1] // chunk_size - 1, blocks.shape[1]
-    return BrierReport(
-        name=name,
-        protocol=protocol,
-        scores=_sums(scores, positions, document, block_tokens),
-        energy=_sums(energy, positions, document, block_tokens) if with_energy else None,
-        tokens_per_second=rate,
-    )
 
 
 def score_ngram(
@@ -194,25 +119,28 @@ def score_ngram(
     blocks: Int[np.ndarray, "R T"],
     document: Int[np.ndarray, "*r"],
     *,
-    chunk_size: int,
+    chunk_size: int = 1,
+    boundary_every: int = 4,
     text: TextProtocol | None = None,
     name: str = "n-gram",
 ) -> BrierReport:
-    """Exact Brier-n and nats per token of an n-gram model, at the positions where a latent model is scored."""
-    text = _checked(blocks, document, chunk_size, text)
+    """Exact Brier-n and nats per token of an n-gram model, at the boundaries where a trained model is scored.
+
+    `chunk_size` is that of the text's protocol and changes nothing.
+    """
+    text = checked(blocks, document, chunk_size, text)
+    block_tokens = blocks.shape[1]
+    places = boundaries(block_tokens, boundary_every)
     scores, nats, began = [], [], time.perf_counter()
-    for start in range(0, len(blocks), max(1, 2**19 // blocks.shape[1])):
-        part = blocks[start : start + max(1, 2**19 // blocks.shape[1])]
-        chunks = part.reshape(len(part), -1, chunk_size)
-        context, targets = chunks[:, :-1, -1], chunks[:, 1:]
-        scores.append(exact_brier(model, context, targets).sum(1))
-        nats.append(-log_prob(model, context, targets).sum((1, 2)))
-    positions, block_tokens = blocks.shape[1] // chunk_size - 1, blocks.shape[1]
+    for start in range(0, len(blocks), max(1, 2**19 // block_tokens)):
+        part = blocks[start : start + max(1, 2**19 // block_tokens)]
+        scores.append(exact_brier(model, part[:, places - 1], targets_at(part, places)).sum(1))
+        nats.append(-log_prob(model, part[:, places[0] - 1], part[:, places[0] :]).sum(1))
     return BrierReport(
         name=name,
-        protocol=Protocol(**text.to_dict(), num_samples=0, decoding="exact"),
-        scores=_sums(np.concatenate(scores), positions, document, block_tokens),
-        likelihood=_sums(np.concatenate(nats), positions * chunk_size, document, block_tokens),
+        protocol=Protocol(**text.to_dict(), num_samples=0, decoding="exact", boundary_every=boundary_every),
+        scores=sums_of(np.concatenate(scores), len(places), document, block_tokens),
+        likelihood=sums_of(np.concatenate(nats), block_tokens - int(places[0]), document, block_tokens),
         tokens_per_second=blocks.size / max(time.perf_counter() - began, 1e-9),
     )
 
@@ -223,12 +151,52 @@ def evaluate_ngrams(
     blocks: Int[np.ndarray, "R T"],
     document: Int[np.ndarray, "*r"],
     *,
-    chunk_size: int,
+    chunk_size: int = 1,
+    boundary_every: int = 4,
     text: TextProtocol | None = None,
 ) -> dict[str, BrierReport]:
     """Fits the unigram and the bigram model on `train` and scores both: the baselines beside a trained model."""
     models = zip(("unigram", "bigram"), fit_ngrams(train, vocab_size), strict=True)
-    return {name: score_ngram(model, blocks, document, chunk_size=chunk_size, text=text, name=name) for name, model in models}
+    options: dict[str, Any] = dict(chunk_size=chunk_size, boundary_every=boundary_every, text=text)
+    return {name: score_ngram(model, blocks, document, name=name, **options) for name, model in models}
+
+
+def evaluate_world(
+    world: World,
+    blocks: Int[np.ndarray, "R T"],
+    document: Int[np.ndarray, "*r"],
+    *,
+    chunk_size: int = 1,
+    boundary_every: int = 4,
+    text: TextProtocol | None = None,
+    name: str = "true law",
+) -> BrierReport:
+    """Exact Brier-n and nats per token of the law that wrote the text, given each block's own context: what no model passes in
+    expectation.
+
+    Raises:
+        UsageError: as for any model, and tokens that the world never writes.
+    """
+    text = checked(blocks, document, chunk_size, text)
+    rows, block_tokens = blocks.shape
+    places = boundaries(block_tokens, boundary_every)
+    probability = np.empty(blocks.shape)
+    matches, began, state = [], time.perf_counter(), world.start(rows)
+    for place, column in enumerate(blocks.T):
+        if place in places:
+            matches.append(world.self_match(state))
+        probability[:, place] = world.law(state)[np.arange(rows), column]
+        state = world.read(state, column)
+    if not (probability > 0).all():
+        raise UsageError(f"world {world.name}: the blocks hold text that it never writes; was it prepared from it?")
+    hits = np.cumprod(targets_at(probability, places), axis=-1)
+    return BrierReport(
+        name=name,
+        protocol=Protocol(**text.to_dict(), num_samples=0, decoding="exact", boundary_every=boundary_every),
+        scores=sums_of((2 * hits - np.stack(matches, 1)).sum(1), len(places), document, block_tokens),
+        likelihood=sums_of(-np.log(probability[:, places[0] :]).sum(1), block_tokens - int(places[0]), document, block_tokens),
+        tokens_per_second=blocks.size / max(time.perf_counter() - began, 1e-9),
+    )
 
 
 @partial(jax.jit, static_argnames=("graph",))
@@ -278,19 +246,19 @@ def evaluate_autoencoder(
         UsageError: blocks that do not fit the chunk size or the protocol, negative noise.
     """
     chunk_size = autoencoder.config.chunk_size
-    text = _checked(blocks, document, chunk_size, text)
+    text = checked(blocks, document, chunk_size, text)
     if any(not sigma >= 0 for sigma in noise):
         raise UsageError(f"noise is a list of standard deviations, each at least 0, got {list(noise)}")
     sigmas = [0.0, *[float(sigma) for sigma in noise if sigma]]
     graph, params = nnx.split(autoencoder)
     levels = np.asarray(sigmas, np.float32)
-    (totals, moments), rate = _run(
+    (totals, moments), rate = run_blocks(
         lambda tokens, rows: _score_autoencoder(graph, params, tokens, rows, key, levels), blocks, batch_size
     )
     moments = LatentMoments(*(np.asarray(part, np.float64).sum(0) for part in moments))
     aggregate, posterior = np.asarray(moments.aggregate_std), np.asarray(moments.posterior_std)
     inverse = np.mean(1 / np.maximum(aggregate, 1e-12))
-    sums = _sums(totals, blocks.shape[1] // chunk_size, document, blocks.shape[1])
+    sums = sums_of(totals, blocks.shape[1] // chunk_size, document, blocks.shape[1])
     intervals = bootstrap(sums, [lambda means, i=i: means[..., i] for i in range(totals.shape[1])])
     relative_posterior = float(np.mean(posterior / np.maximum(aggregate, 1e-12)))
     every = [

@@ -235,7 +235,7 @@ class LatentObjective:
         chunks = as_chunks(tokens, self.model.chunk_size)
         targets = chunks[:, 1:]
         posterior = jax.lax.stop_gradient(autoencoder.encode(targets))
-        hidden, _ = lm.hidden(chunks[:, :-1])
+        hidden, _ = lm.hidden(chunks[:, :-1], autoencoder=autoencoder)
         terms: Terms = {}
         loss = jnp.float32(0)
         samples = jnp.zeros((0, *posterior.mean.shape))
@@ -303,7 +303,8 @@ class LatentObjective:
                 position += count * (table.decoder_flops() + table.vocabulary_flops())
             else:
                 position += model.writing_flops(count if model.context_decoder.use_latent else 1)
-        return (3 * position + table.encoder_flops()) / model.chunk_size
+        encoded = 1 if model.stem == "discrete" else 2  # as a target, and where the stem reads latents
+        return (3 * position + encoded * table.encoder_flops()) / model.chunk_size
 
 
 def head_loss(head: Any) -> Callable[..., Float[Array, "*b"]]:
