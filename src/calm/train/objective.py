@@ -200,6 +200,18 @@ class LatentObjective:
         if not head_trains and not by_likelihood and (writer is None or writer.use_latent):
             raise UsageError("loss: no term trains the head; raise energy_weight, own_weight or likelihood_weight")
 
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What is allowed and likely to go wrong, in words; said when a run begins."""
+        if self.terms.energy_weight and self.terms.alpha < 1:
+            return (f"loss.alpha={self.terms.alpha} is below 1: the score's slope grows without bound where samples meet",)
+        return ()
+
+    @property
+    def divergence_hint(self) -> str:
+        """What of this objective may be behind a loss that stopped being finite."""
+        return f"loss.alpha is {self.terms.alpha}; 1 is the safest" if self.terms.energy_weight else ""
+
     def _builders(self) -> dict[str, Any]:
         builders: dict[str, Any] = {"lm": lambda rngs: self.model.build(rngs=rngs, precision=self.precision)}
         dim = self.model.backbone.dim

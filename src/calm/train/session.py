@@ -82,6 +82,8 @@ class Session:
         if timings := read_records(self.run.timing):
             self.meter.training_seconds = timings[-1]["training_seconds"]
         self._write_description(config_text, meta, start)
+        for warning in getattr(self.step_function.objective, "warnings", ()):
+            self.say(f"warning: {warning}")
         self.trackers.start(tomllib.loads(config_text), self.position.records)
         return start, leaves
 
@@ -158,7 +160,9 @@ class Session:
         kept = f"the checkpoint of step {steps[-1]} is from before" if steps else "there is no checkpoint yet"
         message = f"{self.run.path}: the loss or its gradient was not finite at step {bad_step}; {kept}"
         self.run.log(message)
-        raise DivergedError(f"{message}. A lower optimizer.learning_rate or a longer optimizer.warmup_steps may help")
+        hint = getattr(self.step_function.objective, "divergence_hint", "")
+        advice = "A lower optimizer.learning_rate or a longer optimizer.warmup_steps may help"
+        raise DivergedError(f"{message}. {advice}{f' ({hint})' if hint else ''}")
 
     def save(self, step: int, leaves: Leaves) -> None:
         """A checkpoint of the state before `step`, unless there is one, or the loss was not finite."""
