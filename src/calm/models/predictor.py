@@ -153,8 +153,16 @@ class NextVector(nnx.Module):
         latents: Float[Array, "S *b Z"],
         targets: Int[Array, "*b K"],
     ) -> Float[Array, "S *b K"]:
-        """log p(token | latent) in nats of each token of the target, for each latent: what `write` draws from."""
-        states = self.autoencoder.decode_states(latents)
+        """log p(token | latent) in nats of each token of the target, for each latent: what `write` draws from.
+
+        A context decoder's tokens are given the target's tokens before them as well.
+        """
+        writer = self.lm.context_decoder
+        if writer is None:
+            states = self.autoencoder.decode_states(latents)
+        else:
+            states = writer.teacher_forced(writer.plan(hidden, latents), previous, targets)
+            states = jnp.broadcast_to(states, (len(latents), *states.shape[1:]))
         wanted = jnp.broadcast_to(targets, states.shape[:-1])
         flat = target_log_prob(states.reshape(-1, states.shape[-1]), self.table, wanted.reshape(-1), self.precision)
         return flat.reshape(wanted.shape)

@@ -21,7 +21,7 @@ from calm.models.ngram import Unigram
 from calm.models.predictor import Predictor
 from calm.report.likelihood import LikelihoodReport
 from calm.rng import PRNGKey, stream
-from calm.train.evaluate import _checked, _run, _sums
+from calm.train.evaluate import checked, run_blocks, sums_of
 
 SAMPLES_AT_ONCE = 8
 FLOATS_AT_ONCE = 2**22  # of target log-probabilities: 16 MB
@@ -127,7 +127,7 @@ def evaluate_likelihood(
     Raises:
         UsageError: no samples, a unigram of another vocabulary, calibration text that is also scored, blocks that do not fit.
     """
-    text = _checked(blocks, document, predictor.chunk_size, text)
+    text = checked(blocks, document, predictor.chunk_size, text)
     sizes = sample_sizes(num_samples)
     if unigram.vocab_size != predictor.vocab_size:
         raise UsageError(f"the unigram has a vocabulary of {unigram.vocab_size}, the model one of {predictor.vocab_size}")
@@ -145,7 +145,7 @@ def evaluate_likelihood(
     ) -> tuple[np.ndarray, float]:
         options = dict(sizes=sizes, from_encoder=from_encoder)
         values = jnp.asarray(shares, jnp.float32)
-        return _run(
+        return run_blocks(
             lambda tokens, number: score(tokens, number, key, log_unigram, values, **options), rows, min(size, len(rows))
         )
 
@@ -158,11 +158,11 @@ def evaluate_likelihood(
         name=name,
         protocol=text,
         sizes=sizes,
-        nats=_sums(nats, scored, document, block_tokens),
-        encoder=None if encoder is None else _sums(encoder, scored, document, block_tokens),
+        nats=sums_of(nats, scored, document, block_tokens),
+        encoder=None if encoder is None else sums_of(encoder, scored, document, block_tokens),
         share=chosen,
         fitted_on=fitted_on,
-        unigram=_sums(alone, scored, document, block_tokens),
+        unigram=sums_of(alone, scored, document, block_tokens),
         vocab_size=predictor.vocab_size,
         num_bytes=num_bytes,
         tokens_per_second=rate,
