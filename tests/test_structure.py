@@ -15,7 +15,7 @@ PACKAGE = ROOT / "src" / "calm"
 # fmt: off
 LAYERS = (
     "errors", "shapes", "rng", "config", "posterior", "worlds", "text", "nn", "losses", "metrics", "report", "autoencoder",
-    "heads", "models", "sampling", "train", "interp", "ttt", "interop", "stages", "token_stage", "bundle", "presets",
+    "heads", "models", "sampling", "train", "interp", "ttt", "interop", "stages", "token_stage", "bundle", "writing", "presets",
     "pipeline", "experiments", "cli",
 )
 # fmt: on

@@ -23,6 +23,7 @@ from calm.interop.export import (
     load_exported_token_lm,
 )
 from calm.interop.published_files import read_json
+from calm.metrics.bits_per_byte import scored_bytes
 from calm.models import LatentLM, NextVector, Predictor, TokenLM
 from calm.rng import row_keys, stream
 from calm.sampling import Generated, Sampler, from_temperature
@@ -33,11 +34,12 @@ from calm.sampling.softmax import softmax_sampler
 from calm.stages import LatentLMRun, TokenLMRun, load_autoencoder, load_lm, load_run_config, validation_blocks
 from calm.text.chunking import chunk_prompt
 from calm.text.shards import Data, open_data
-from calm.text.tokenizer import Tokenizer, load_tokenizer, require_same_tokenizer
+from calm.text.tokenizer import WORDS, Tokenizer, load_tokenizer, require_same_tokenizer
 from calm.token_stage import load_token_lm
-from calm.train.evaluate import evaluate_autoencoder, evaluate_latent_lm, evaluate_ngrams, text_protocol
+from calm.train.brier import evaluate_predictor
+from calm.train.evaluate import evaluate_autoencoder, evaluate_ngrams, evaluate_world, text_protocol
 from calm.train.machine import choose_precision
-from calm.train.token_likelihood import evaluate_token_lm
+from calm.worlds import world_of
 
 DEFAULT_BLOCK_TOKENS = 1024
 
@@ -171,6 +173,7 @@ class Bundle:
         max_tokens: int | None = None,
         num_samples: int = 8,
         decoding: Literal["argmax", "drawn"] = "argmax",
+        boundary_every: int = 4,
         noise: Sequence[float] = (0.3,),
         seed: int = 0,
     ) -> dict[str, Any]:
@@ -178,37 +181,37 @@ class Bundle:
 
         `data` is a folder of prepared data, by default the one trained on; its tokenizer must be this model's. The n-gram
         models are fitted on what the model was trained on, where that is still at hand, else on the train split of `data`.
-        The entries `autoencoder`, `lm`, `unigram` and `bigram` are report objects (`calm.report.scores`).
+        `boundary_every`: tokens from one scored boundary to the next; 1 scores at every token, over all phases of the chunks.
+        The entries `autoencoder`, `lm`, `unigram` and `bigram` are report objects (`calm.report.scores`), and so is `world`,
+        the law that wrote the text, where the data come from a world.
         """
-        if data is None and not self.data:
-            raise UsageError("data: name a folder of prepared data; an exported model does not know what it was trained on")
-        opened = open_data(data if data is not None else self.data)
-        require_same_tokenizer(opened.tokenizer.fingerprint, self.tokenizer.fingerprint, f"model {self.folder}")
+        opened = self.prepared_data(data)
         blocks, documents = validation_blocks(opened, self.block_tokens, split, max_tokens)
         text = text_protocol(opened, split, block_tokens=self.block_tokens, chunk_size=self.chunk_size, seed=seed)
         key = stream(jax.random.key(seed), "evaluate")
         scores: dict[str, Any] = {}
         if self.autoencoder is not None:
             scores["autoencoder"] = evaluate_autoencoder(self.autoencoder, blocks, documents, key, noise=noise, text=text)
-        if isinstance(self.lm, TokenLM):
-            scores["lm"] = evaluate_token_lm(self.lm, blocks, documents, text=text, name="token LM")
-        elif self.lm is not None:
-            scores["lm"] = evaluate_latent_lm(
-                self._require_autoencoder(),
-                self.lm,
+        if self.lm is not None:
+            scores["lm"] = evaluate_predictor(
+                self.predictor,
                 blocks,
                 documents,
                 key,
                 num_samples=num_samples,
                 decoding=decoding,
+                boundary_every=boundary_every,
+                begin_id=self.tokenizer.begin_id,
                 text=text,
-                name="CALM",
+                name=self.name,
             )
-        if self.lm is not None:
-            vocab_size = self.tokenizer.vocab_size
-            train = self._training_data(opened).split("train")
-            scores |= evaluate_ngrams(train, vocab_size, blocks, documents, chunk_size=self.chunk_size, text=text)
-        return scores
+            train = self.training_data(opened).split("train")
+            options: dict[str, Any] = dict(chunk_size=self.chunk_size, boundary_every=boundary_every, text=text)
+            scores |= evaluate_ngrams(train, self.tokenizer.vocab_size, blocks, documents, **options)
+            world = world_of(str(opened.manifest.source["name"]))
+            if world is not None and opened.manifest.tokenizer["spec"] == WORDS:
+                scores["world"] = evaluate_world(world, blocks, documents, **options)
+        return {name: self._with_bytes(report, blocks) for name, report in scores.items()}
 
     def export(self, folder: str | Path, card: ModelCard | None = None) -> None:
         """Writes safetensors, config.json, tokenizer.json and a model card."""
@@ -219,6 +222,11 @@ class Bundle:
         else:
             export_latent_lm(self.lm, self._require_autoencoder(), folder, card=card, block_tokens=self.block_tokens)
         self.tokenizer.save(Path(folder) / "tokenizer.json")
+
+    @property
+    def name(self) -> str:
+        """What tables call the model."""
+        return "token LM" if isinstance(self.lm, TokenLM) else "CALM"
 
     @property
     def predictor(self) -> Predictor:
@@ -232,7 +240,24 @@ class Bundle:
         """K; 1 for a token model."""
         return 1 if self.autoencoder is None else self.autoencoder.config.chunk_size
 
-    def _training_data(self, otherwise: Data) -> Data:
+    def prepared_data(self, data: str | Path | None) -> Data:
+        """Prepared data of this model's tokenizer; by default what it was trained on."""
+        if data is None and not self.data:
+            raise UsageError("data: name a folder of prepared data; an exported model does not know what it was trained on")
+        opened = open_data(data if data is not None else self.data)
+        require_same_tokenizer(opened.tokenizer.fingerprint, self.tokenizer.fingerprint, f"model {self.folder}")
+        return opened
+
+    def _with_bytes(self, report: Any, blocks: np.ndarray) -> Any:
+        """The report with the bytes of the text that its likelihood is about, where it has one."""
+        likelihood = getattr(report, "likelihood", None)
+        if likelihood is None:
+            return report
+        skip = blocks.shape[1] - int(likelihood.count[0])
+        return dataclasses.replace(report, text_bytes=scored_bytes(self.tokenizer.decode, blocks, skip))
+
+    def training_data(self, otherwise: Data) -> Data:
+        """What it was trained on, if that is still at hand."""
         return open_data(self.data) if self.data and (Path(self.data) / "manifest.json").is_file() else otherwise
 
     def _require_lm(self) -> LatentLM:

@@ -9,7 +9,7 @@ import pytest
 from calm.errors import UsageError
 from calm.models import TokenLMConfig
 from calm.nn import BackboneConfig
-from calm.train.token_likelihood import evaluate_token_lm, token_likelihood
+from calm.train.token_likelihood import token_likelihood
 from calm.train.token_objective import TokenObjective
 
 SMALL = TokenLMConfig(vocab_size=24, backbone=BackboneConfig(dim=16, num_layers=2, num_heads=2, num_kv_heads=1, inner_dim=24))
@@ -61,15 +61,6 @@ def test_skipped_tokens_are_read_and_not_scored(trained):
     assert some.count.sum() == 4 * 12
     with pytest.raises(UsageError, match="skip"):
         token_likelihood(lm, TOKENS, DOCUMENTS, skip=16)
-
-
-def test_brier_1_is_that_of_its_probabilities(trained):
-    lm = trained[0].module(trained[1])
-    report = evaluate_token_lm(lm, TOKENS, DOCUMENTS)
-    p = np.asarray(jax.nn.softmax(lm.logits(lm.hidden(jnp.asarray(TOKENS[:, :-1, None]))[0])), np.float64)
-    chosen = np.take_along_axis(p, TOKENS[:, 1:, None], axis=-1)[..., 0]
-    expected = 100 * (2 * chosen - (p**2).sum(-1)).mean()
-    np.testing.assert_allclose(report.scalars()["brier_1"], expected, rtol=1e-4)
 
 
 def test_flops_count_forward_and_backward():

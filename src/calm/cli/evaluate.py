@@ -7,6 +7,8 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from calm.errors import UsageError
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Evaluate:
@@ -26,6 +28,14 @@ class Evaluate:
     """How a latent becomes tokens: the decoder's argmax, or drawn from its softmax (scored exactly)."""
     noise: tuple[float, ...] = (0.3,)
     """Noise on the posterior mean under which the autoencoder's reconstruction is scored too."""
+    samples: int = 0
+    """Let the model write this many continuations of held-out prompts, and score them too; 0 = none."""
+    judge: str | None = None
+    """Run or export of an independent token model, which then says what each byte of these texts costs it."""
+    sample_tokens: int = 128
+    """The most tokens of a continuation."""
+    sample_temperature: str = "1"
+    """The temperature at which they are written."""
     seed: int = 0
     out: str | None = None
     """Also write the scores as JSON to this file."""
@@ -34,8 +44,15 @@ class Evaluate:
         from calm import bundle
         from calm.cli import plain
         from calm.report.scores import compare
+        from calm.writing import as_judge, score_writing
 
-        scores = bundle.load(self.folder).evaluate(
+        if self.judge is not None and not self.samples:
+            raise UsageError("--judge reads continuations: say how many with --samples")
+        model = bundle.load(self.folder)
+        judge = None if self.judge is None else bundle.load(self.judge)
+        if judge is not None:
+            as_judge(judge, model)  # one that cannot judge is refused before the long part
+        scores = model.evaluate(
             self.data,
             split=self.split,
             max_tokens=self.max_tokens,
@@ -46,6 +63,18 @@ class Evaluate:
         )
         if "lm" in scores:
             scores["against_bigram"] = compare(scores["lm"], scores["bigram"])
+        if self.samples:
+            scores["writing"] = score_writing(
+                model,
+                self.data,
+                judge=judge,
+                split=self.split,
+                samples=self.samples,
+                new_tokens=self.sample_tokens,
+                temperature=self.sample_temperature,
+                decoding=self.decoding,
+                seed=self.seed,
+            )
         if self.out is not None:
             Path(self.out).write_text(json.dumps(plain(scores), indent=2) + "\n", encoding="utf-8")
         return scores
@@ -59,4 +88,7 @@ class Evaluate:
                 brier_table([scores[name] for name in ("lm", "bigram", "unigram")]),
                 scores["against_bigram"].table(),
             ]
+        if "writing" in scores:
+            brier = {scores[name].name: scores[name].brier_lm for name in ("lm", "bigram", "unigram")}
+            parts.append(scores["writing"].table(brier))
         return "\n\n".join(parts)

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import math
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -11,8 +12,11 @@ import numpy as np
 
 from calm.errors import UsageError
 from calm.metrics.accumulate import BlockSums, Interval, bootstrap
+from calm.metrics.bits_per_byte import bits_per_byte
 from calm.metrics.brier_lm import ORDERS, BrierIntervals, Protocol, TextProtocol, brier_intervals, brier_lm, compare_brier
 from calm.report.tables import interval_text, table
+
+BRIER_N = [f"Brier-{n + 1}" for n in range(ORDERS)]
 
 
 def _to_lists(sums: BlockSums | None) -> dict | None:
@@ -41,9 +45,10 @@ class BrierReport:
     """The scores of one model on one protocol. Sums for each block are kept: a paired comparison needs them.
 
     Attributes:
-        scores: Brier-1..O (unscaled), O = min(K, 4).
+        scores: Brier-1..4 (unscaled).
         energy: energy loss of each position, or None.
         likelihood: negative log-likelihood in nats of each token, or None where it is not known.
+        text_bytes: bytes of the text that the tokens of `likelihood` stand for, for each block, or None where nobody counted.
         tokens_per_second: tokens scored per second, compilation excluded, or None.
     """
 
@@ -52,6 +57,7 @@ class BrierReport:
     scores: BlockSums
     energy: BlockSums | None = None
     likelihood: BlockSums | None = None
+    text_bytes: np.ndarray | None = None
     tokens_per_second: float | None = None
 
     @functools.cached_property
@@ -60,19 +66,13 @@ class BrierReport:
 
     @property
     def brier_n(self) -> list[Interval]:
-        """Brier-1..O times 100, not floored."""
+        """Brier-1..4 times 100, not floored."""
         return self.intervals.brier_n
 
     @property
-    def brier_lm(self) -> Interval | None:
-        """BrierLM (0 .. 100), or None for K < 4."""
+    def brier_lm(self) -> Interval:
+        """BrierLM (0 .. 100)."""
         return self.intervals.brier_lm
-
-    @property
-    def note(self) -> str:
-        if self.brier_lm is not None:
-            return ""
-        return f"K={self.protocol.chunk_size} gives Brier-1..{len(self.brier_n)} only; BrierLM needs Brier-1..{ORDERS}"
 
     @functools.cached_property
     def energy_loss(self) -> Interval | None:
@@ -82,12 +82,26 @@ class BrierReport:
     def nats_per_token(self) -> Interval | None:
         return _mean(self.likelihood)
 
+    @functools.cached_property
+    def perplexity(self) -> Interval | None:
+        """exp of nats per token: of this tokenizer's tokens alone."""
+        nats = self.nats_per_token
+        if nats is None:
+            return None
+        return dataclasses.replace(nats, estimate=math.exp(nats.estimate), low=math.exp(nats.low), high=math.exp(nats.high))
+
+    @functools.cached_property
+    def bits_per_byte(self) -> Interval | None:
+        """The likelihood in a unit that models of different tokenizers share (`calm.metrics.bits_per_byte`)."""
+        if self.likelihood is None or self.text_bytes is None:
+            return None
+        return bits_per_byte(self.likelihood, self.text_bytes)
+
     def scalars(self) -> dict[str, float]:
         """The estimates alone, without the bootstrap: for a training log."""
         means = self.scores.means
         values = {f"brier_{n + 1}": 100 * float(mean) for n, mean in enumerate(means)}
-        if len(means) == ORDERS:
-            values["brier_lm"] = float(brier_lm(means))
+        values["brier_lm"] = float(brier_lm(means))
         for name, sums in (("energy_loss", self.energy), ("nats_per_token", self.likelihood)):
             if sums is not None:
                 values[name] = float(sums.means[0])
@@ -99,16 +113,17 @@ class BrierReport:
             "name": self.name,
             "protocol": self.protocol.to_dict(),
             "brier_n": [interval.to_dict() for interval in self.brier_n],
-            "brier_lm": self.brier_lm and self.brier_lm.to_dict(),
+            "brier_lm": self.brier_lm.to_dict(),
             "energy_loss": self.energy_loss and self.energy_loss.to_dict(),
             "nats_per_token": self.nats_per_token and self.nats_per_token.to_dict(),
+            "perplexity": self.perplexity and self.perplexity.to_dict(),
+            "bits_per_byte": self.bits_per_byte and self.bits_per_byte.to_dict(),
             "positions": int(self.scores.count.sum()),
             "tokens_per_second": self.tokens_per_second,
         }
-        if self.note:
-            values["note"] = self.note
         if per_block:
             values["blocks"] = {name: _to_lists(getattr(self, name)) for name in ("scores", "energy", "likelihood")}
+            values["text_bytes"] = None if self.text_bytes is None else self.text_bytes.tolist()
         return values
 
     @classmethod
@@ -117,6 +132,8 @@ class BrierReport:
             raise UsageError(f"the scores of {values.get('name')!r} hold no sums of blocks: evaluate again")
         sums: dict[str, Any] = {name: _from_lists(lists) for name, lists in values["blocks"].items()}
         rate, protocol = values["tokens_per_second"], Protocol(**values["protocol"])
+        counted = values.get("text_bytes")
+        sums["text_bytes"] = None if counted is None else np.asarray(counted, np.float64)
         return cls(name=values["name"], protocol=protocol, tokens_per_second=rate, **sums)
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -135,19 +152,22 @@ class BrierReport:
 
 def brier_table(reports: Sequence[BrierReport], *, markdown: bool = False) -> str:
     """One row a model, with 95 % intervals; the protocols below it, each once."""
-    orders = max(len(report.brier_n) for report in reports)
-    header = ["model", *[f"Brier-{n + 1}" for n in range(orders)], "BrierLM"]
-    optional = [("energy", "energy_loss"), ("nats/token", "nats_per_token")]
+    header = ["model", *BRIER_N, "BrierLM"]
+    optional = [
+        ("energy", "energy_loss"),
+        ("nats/token", "nats_per_token"),
+        ("perplexity", "perplexity"),
+        ("bits/byte", "bits_per_byte"),
+    ]
     optional = [(title, name) for title, name in optional if any(getattr(report, name) for report in reports)]
     rows = []
     for report in reports:
-        cells = [*report.brier_n, *[None] * (orders - len(report.brier_n)), report.brier_lm]
+        cells = [*report.brier_n, report.brier_lm]
         cells += [getattr(report, name) for _, name in optional]
         # Three digits: Brier-4 of small models lies below 0.01.
         rows.append([report.name, *(interval_text(cell, 3) for cell in cells)])
     # A model scored in closed form differs from a sampled one in its last words only: each line is printed once.
     below = list(dict.fromkeys(report.protocol.line() for report in reports))
-    below += [f"{report.name}: {report.note}" for report in reports if report.note]
     unit = reports[0].brier_n[0]
     below.append(f"{100 * unit.level:g} % intervals by bootstrap over units: {unit.units} x {unit.unit}")
     return "\n".join([table([*header, *[title for title, _ in optional]], rows, markdown=markdown), "", *below])
@@ -163,8 +183,8 @@ class Comparison:
 
     @property
     def verdict(self) -> str:
-        """ "above", "below" or "undecided": the interval of the difference in BrierLM (Brier-1 for K < 4) against 0."""
-        interval = self.difference.brier_lm or self.difference.brier_n[0]
+        """ "above", "below" or "undecided": the interval of the difference in BrierLM against 0."""
+        interval = self.difference.brier_lm
         if not interval.excludes_zero:
             return "undecided"
         return "above" if interval.estimate > 0 else "below"
@@ -174,7 +194,7 @@ class Comparison:
             "first": self.first,
             "second": self.second,
             "brier_n": [interval.to_dict() for interval in self.difference.brier_n],
-            "brier_lm": self.difference.brier_lm and self.difference.brier_lm.to_dict(),
+            "brier_lm": self.difference.brier_lm.to_dict(),
             "verdict": self.verdict,
         }
 
@@ -190,13 +210,11 @@ def compare(first: BrierReport, second: BrierReport) -> Comparison:
 
 def comparison_table(comparisons: Sequence[Comparison], *, markdown: bool = False) -> str:
     """One row a pair: the difference with its interval, and what it says."""
-    orders = max(len(each.difference.brier_n) for each in comparisons)
-    header = ["difference", *[f"Brier-{n + 1}" for n in range(orders)], "BrierLM", "verdict"]
+    header = ["difference", *BRIER_N, "BrierLM", "verdict"]
     rows = [
         [
             f"{each.first} - {each.second}",
             *map(interval_text, each.difference.brier_n),
-            *["-"] * (orders - len(each.difference.brier_n)),
             interval_text(each.difference.brier_lm),
             each.verdict,
         ]
