@@ -13,7 +13,7 @@ from typing import Any
 from calm.autoencoder import AutoencoderConfig
 from calm.config import suggestion
 from calm.errors import UsageError
-from calm.heads import EnergyHeadConfig
+from calm.heads import DiffusionHeadConfig, EnergyHeadConfig, FlowHeadConfig, HeadConfig, MixtureHeadConfig
 from calm.models import LatentLMConfig
 from calm.models.token_lm import TokenLMConfig
 from calm.nn import BackboneConfig
@@ -115,6 +115,14 @@ def _small(
     return Preset(name=name, summary=summary, tokenizer=tokenizer, autoencoder=autoencoder, lm=lm, token_lm=_token_lm(lm))
 
 
+def _with_head(preset: Preset, suffix: str, head: HeadConfig) -> Preset:
+    """`preset` with a head that has a loss of its own, which takes the place of the energy score; all else alike."""
+    model = dataclasses.replace(preset.lm.model, head=head)
+    loss = dataclasses.replace(preset.lm.loss, energy_weight=0.0, own_weight=1.0)
+    lm = dataclasses.replace(preset.lm, model=model, loss=loss)
+    return dataclasses.replace(preset, name=f"{preset.name}-{suffix}", summary=f"{preset.name} with a {suffix} head", lm=lm)
+
+
 def _published(name: str, dim: int, inner_dim: int) -> Preset:
     """Layers 16, heads of width 64, a head block for every four layers."""
     optimizer = OptimizerConfig(learning_rate=3e-4, warmup_steps=1000)
@@ -194,4 +202,12 @@ _PRESETS = {
         _published("calm-l", 1536, 4096),
         _published("calm-xl", 2560, 6880),
     )
+}
+_HEADS: dict[str, HeadConfig] = {
+    "flow": FlowHeadConfig(num_draws=4),
+    "diffusion": DiffusionHeadConfig(num_steps=25, num_draws=4),
+    "mixture": MixtureHeadConfig(),
+}
+_PRESETS |= {
+    preset.name: preset for preset in (_with_head(_PRESETS["wikitext2-tiny"], kind, head) for kind, head in _HEADS.items())
 }
