@@ -11,27 +11,24 @@ def words(tiny_runs):
 
 
 def test_the_sampler_is_chosen_on_the_command_line(words):
-    assert tiny.run(*words, "--temperature", "1.5", "--candidates", "6")["draws"] == [12]
-    assert tiny.run(*words, "--sampler", "best", "--candidates", "5")["draws"] == [10]
-    assert (
-        tiny.run(*words, "--top-k", "1", "--candidates", "5")["texts"]
-        == tiny.run(*words, "--top-p", "0.01", "--candidates", "5")["texts"]
-    )
-    exact = tiny.run(*words, "--sampler", "exact", "--temperature", "0.9", "--max-draws", "100000", "--decoding", "argmax")
-    assert exact["fallback_share"] == [0.0] and exact["draws"][0] >= 4
+    """The most frequent of five draws is the best of five, and the same draws are made for both."""
+    best = tiny.run(*words, "--sampler", "best", "--candidates", "5")
+    assert best["draws"] == [10]
+    top = tiny.run(*words, "--top-k", "1", "--candidates", "5", "--temperature", "1.5", "--no-repeat", "20")
+    assert top["texts"] == best["texts"] and top["draws"] == [10]
 
 
 def test_what_is_banned_is_not_written(words):
     free = tiny.run(*words)["texts"][0]
-    token = next(letter for letter in free if letter.isascii())
-    assert token not in tiny.run(*words, "--ban", token)["texts"][0]
-    assert tiny.run(*words, "--ban", f"#{ord(token)}")["texts"] == tiny.run(*words, "--ban", token)["texts"]
+    letter, other = [letter for letter in dict.fromkeys(free + "xyz") if letter.isascii()][:2]
+    banned = tiny.run(*words, "--ban", letter, "--ban", f"#{ord(other)}")["texts"][0]
+    assert letter in free and not {letter, other} & set(banned)
 
 
 @pytest.mark.parametrize(
     ("code", "options", "message"),
     [
-        (2, "--temperature -1", "temperature -1: must be above 0"),
+        (2, "--temperature -1", "must be above 0"),
         (2, "--temperature 1.5 --sampler exact", "exact sampling needs 0 < T <= 1"),
         (2, "--temperature 0.5 --sampler best", "leave out 0.5"),
         (2, "--sampler exact --top-k 3", "use the batch sampler"),

@@ -94,6 +94,7 @@ def test_a_temperature_is_read_exactly():
         (0, "temperature 0: must be above 0"),
         (-1.0, "must be above 0"),
         ("-1/2", "must be above 0"),
+        ("0", "temperature 0.0: must be above 0"),
         (float("nan"), "not a number"),
         (float("inf"), "not a number"),
         ("warm", "not a number; give one above 0, such as 0.7 or 1/3"),

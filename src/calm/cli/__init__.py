@@ -41,6 +41,7 @@ VERBS = {
     "train token-lm": Verb("train", "TrainTokenLM", "the baseline: learn to predict the next token on the same backbone"),
     "evaluate": Verb("evaluate", "Evaluate", "score a run: reconstruction, BrierLM with intervals"),
     "generate": Verb("generate", "Generate", "continue prompts, streaming chunk by chunk"),
+    "frontier": Verb("frontier", "Frontier", "accuracy against collision over temperatures and numbers of candidates"),
     "import official": Verb("import_model", "ImportOfficial", "read a published PyTorch checkpoint into a folder of ours"),
     "export": Verb("export", "Export", "write a run as safetensors + config.json + tokenizer.json + model card"),
     "doctor": Verb("doctor", "Doctor", "say what this machine can do, what is missing and how to get it"),

@@ -53,9 +53,10 @@ class BatchLaw(NamedTuple):
 
 
 def batch_law(law: Float[np.ndarray, "X"], temperature: Fraction, num_candidates: int) -> BatchLaw:
-    """The exact law of `BatchTemperature`, summed over all ways in which the draws can share out. For few outcomes, of positive probability.
+    """The exact law of `BatchTemperature`, summed over all ways in which the draws can share out.
 
-    Written apart from the sampler: weights come from products of ratios, not from a table of log-gammas.
+    For few outcomes, all of positive probability. Written apart from the sampler: weights come from products of ratios, not
+    from a table of log-gammas.
     """
     counts = shares(num_candidates, len(law))
     log_factorial = np.concatenate([[0.0], np.cumsum(np.log(np.arange(1, num_candidates + 1)))])

@@ -27,21 +27,16 @@ def exact_temperature(temperature: float | int | str | Fraction) -> Fraction:
         UsageError: not a number, or not above 0.
     """
     try:
-        if isinstance(temperature, float):
-            exact = Fraction(repr(float(temperature)))
-        elif isinstance(temperature, str) and "/" not in temperature:
-            return exact_temperature(float(temperature))
-        else:
-            exact = Fraction(temperature)
+        if isinstance(temperature, str) and "/" not in temperature:
+            temperature = float(temperature)
+        exact = Fraction(repr(float(temperature)) if isinstance(temperature, float) else temperature)
         value = float(exact)
     except (ValueError, OverflowError, ZeroDivisionError) as error:
         raise UsageError(f"temperature {temperature}: not a number; give one above 0, such as 0.7 or 1/3") from error
     if exact <= 0:
         raise UsageError(f"temperature {temperature}: must be above 0, such as 0.7 or 1/3; best-of-N is the limit of 0")
-    if isinstance(temperature, float):
-        nearest = Fraction(1, max(1, round(1 / exact)))
-        return nearest if float(nearest) == value else exact
-    return exact
+    nearest = Fraction(1, max(1, round(1 / exact)))
+    return nearest if isinstance(temperature, float) and float(nearest) == value else exact
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
