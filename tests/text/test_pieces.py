@@ -23,7 +23,7 @@ def small_pieces(monkeypatch):
 def documents(stream):
     """The stream's documents, joined again."""
     found, parts = [], []
-    for text, last in stream:
+    for text, last, _ in stream:
         parts.append(text)
         if last:
             found.append("".join(parts))

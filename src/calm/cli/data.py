@@ -25,6 +25,8 @@ class DataPrepare:
     """where .jsonl, .parquet and hub records hold their text"""
     separator: str | None = None
     """what stands between the documents of a .txt, such as '<|endoftext|>'; \\n and \\t are understood"""
+    prompt_field: str | None = None
+    """where .jsonl records hold a prompt, to which --field is the response; training then predicts responses alone"""
     valid: float = 0.05
     """share held out for validation when no file name says the split"""
     test: float = 0.05
@@ -51,6 +53,7 @@ class DataPrepare:
             self.tokenizer,
             field=self.field,
             separator=separator,
+            prompt_field=self.prompt_field,
             valid=self.valid,
             test=self.test,
             shard_tokens=self.shard_tokens,

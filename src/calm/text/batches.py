@@ -62,7 +62,7 @@ class Batches:
         rows = batch_size // host_count
         self._rows = range(host_index * rows, (host_index + 1) * rows)
         self._windows = split.num_tokens // num_tokens
-        self._order = _shuffled(self._windows, seed)
+        self._order = shuffled(self._windows, seed)
         self._step = 0
 
     @property
@@ -137,7 +137,7 @@ def _require_length(split: Split, num_tokens: int) -> None:
         )
 
 
-def _shuffled(size: int, seed: int) -> Any:
+def shuffled(size: int, seed: int) -> Any:
     """Item i of an endless row: 0..size-1 in random order, then again in another."""
     import grain  # here, since it brings jax along, and text that is not trained on needs neither
 

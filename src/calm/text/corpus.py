@@ -22,7 +22,7 @@ from calm.errors import UsageError
 from calm.text import files, python_docs
 from calm.text.hub import HubDataset
 from calm.text.pieces import Piece, cut_text
-from calm.worlds.registry import build_world, split_spec
+from calm.worlds.registry import split_spec, world_of
 
 
 class Part(NamedTuple):
@@ -71,20 +71,25 @@ class Source(abc.ABC):
         return [[part.name, part.bytes] for part in self.parts]
 
 
-def open_source(spec: str | Path, *, field: str = "text", separator: str | None = None) -> Source:
+def open_source(
+    spec: str | Path, *, field: str = "text", separator: str | None = None, prompt_field: str | None = None
+) -> Source:
     """The source that the user named.
 
     Args:
       field: where .jsonl, .parquet and hub records hold their text.
       separator: what stands between the documents of a .txt, such as "<|endoftext|>"; None: the file is one document.
+      prompt_field: where records of .jsonl files hold a prompt, which comes before their text and is only read.
     """
+    if prompt_field is not None and (str(spec) == "pydoc" or str(spec).startswith(("hf:", "world:"))):
+        raise UsageError(f"source {spec}: prompts (--prompt-field {prompt_field}) are read from .jsonl files only")
     if str(spec) == "pydoc":
         return PythonDocs()
     if str(spec).startswith("hf:"):
         return Hub(str(spec), field)
     if str(spec).startswith("world:"):
         return WorldText(str(spec).removeprefix("world:"))
-    return Files(Path(spec), field, separator)
+    return Files(Path(spec), field, separator, prompt_field)
 
 
 class PythonDocs(Source):
@@ -115,10 +120,10 @@ class Files(Source):
 
     kind = "files"
 
-    def __init__(self, path: Path, field: str, separator: str | None):
+    def __init__(self, path: Path, field: str, separator: str | None, prompt_field: str | None = None):
         found = files.list_files(path)
         self.name = path.resolve().name
-        self._field, self._separator = field, separator
+        self._options = dict(field=field, separator=separator, prompt_field=prompt_field)
         splits = {file: files.split_of(file, path) if path.is_dir() else None for file in found}
         self.named = any(splits.values())
         unnamed = "left out" if "train" in splits.values() else "train"
@@ -136,7 +141,7 @@ class Files(Source):
             raise UsageError(f"source {path}: every file is named valid or test; name one train, or give a single file")
 
     def pieces(self, part: int, feed: files.Feed | None = None) -> Iterator[Piece]:
-        return files.read_pieces(self._paths[part], field=self._field, separator=self._separator, feed=feed)
+        return files.read_pieces(self._paths[part], feed=feed, **self._options)
 
     def stamp(self) -> dict[str, Any]:
         listed = [{"file": part.name, "split": part.split, "bytes": part.bytes} for part in self.parts]
@@ -188,14 +193,14 @@ class WorldText(Source):
     tokenizer = "words"
 
     def __init__(self, spec: str):
-        name, settings = split_spec(spec)
-        tokens = parse_human_int(settings.pop("tokens", "2M"))
-        self._draw = parse_human_int(settings.pop("draw", "0"))
+        settings = split_spec(spec)[1]
+        tokens, self._draw = (parse_human_int(settings.get(key, default)) for key, default in (("tokens", "2M"), ("draw", "0")))
         if tokens < 1 or self._draw < 0:
             raise UsageError(f"source world:{spec}: need tokens >= 1 and draw >= 0, got tokens={tokens}, draw={self._draw}")
         self.name = f"world:{spec}"
-        self._world = build_world(name, **settings)
-        self.words = self._world.words
+        world = world_of(self.name)
+        assert world is not None
+        self._world, self.words = world, world.words
         held_out = max(tokens // 20, 2**14)
         self._tokens = {"train": tokens, "valid": held_out, "test": held_out}
         self._texts: dict[int, list[str]] = {}

@@ -53,8 +53,16 @@ def split_of(file: Path, root: Path) -> str | None:
     return next((SPLITS[word] for word in words if word in SPLITS), None)
 
 
-def read_pieces(path: Path, *, field: str = "text", separator: str | None = None, feed: Feed | None = None) -> Iterator[Piece]:
-    """The documents of one file, in pieces. In a .txt the whole file is one document unless a separator is given.
+def read_pieces(
+    path: Path,
+    *,
+    field: str = "text",
+    separator: str | None = None,
+    feed: Feed | None = None,
+    prompt_field: str | None = None,
+) -> Iterator[Piece]:
+    """The documents of one file, in pieces. In a .txt the whole file is one document unless a separator is given. Records of a
+    .jsonl may have a prompt in a field of its own, whose pieces then come first.
 
     Raises:
       UsageError: the file is empty, binary or not UTF-8, a line is not JSON, a record lacks the field; the message says where.
@@ -62,10 +70,12 @@ def read_pieces(path: Path, *, field: str = "text", separator: str | None = None
     """
     if path.stat().st_size == 0:
         raise UsageError(f"source {path}: the file is empty")
+    if prompt_field is not None and path.suffix.lower() not in LINES:
+        raise UsageError(f"source {path}: prompts (--prompt-field {prompt_field}) are read from .jsonl files only")
     if path.suffix.lower() in PARQUET:
         return _parquet(path, field, feed)
     if path.suffix.lower() in LINES:
-        return _json_lines(path, field, feed)
+        return _json_lines(path, field, feed, prompt_field)
     return cut_blocks(_text_blocks(path, feed), separator)
 
 
@@ -95,12 +105,16 @@ def _decoded(decoder: codecs.IncrementalDecoder, block: bytes, path: Path, posit
         ) from error
 
 
-def _json_lines(path: Path, field: str, feed: Feed | None) -> Iterator[Piece]:
+def _json_lines(path: Path, field: str, feed: Feed | None, prompt_field: str | None) -> Iterator[Piece]:
+    fields = (field,) if prompt_field is None else (prompt_field, field)
     with path.open("rb") as file:
-        yield from (piece for text in _json_texts(file, path, field, feed) if text for piece in cut_text(text))
+        for *prompt, text in _json_texts(file, path, fields, feed):
+            if text:  # a prompt without a response teaches nothing
+                yield from (Piece(piece.text, False, True) for each in prompt if each for piece in cut_text(each))
+                yield from cut_text(text)
 
 
-def _json_texts(file: BinaryIO, path: Path, field: str, feed: Feed | None) -> Iterator[str]:
+def _json_texts(file: BinaryIO, path: Path, fields: tuple[str, ...], feed: Feed | None) -> Iterator[tuple[str, ...]]:
     for number, line in enumerate(file, 1):
         if feed:
             feed(line)
@@ -110,10 +124,11 @@ def _json_texts(file: BinaryIO, path: Path, field: str, feed: Feed | None) -> It
             record = json.loads(line)
         except ValueError as error:  # not JSON, not UTF-8
             raise UsageError(f"source {path}: line {number} is not JSON ({error})") from error
-        if not isinstance(record, dict) or not isinstance(record.get(field), str):
-            names = ", ".join(record) if isinstance(record, dict) else type(record).__name__
-            raise UsageError(f"source {path}: line {number} has no text in field {field!r} (it has: {names}); see --field")
-        yield clean(record[field])
+        for field in fields:
+            if not isinstance(record, dict) or not isinstance(record.get(field), str):
+                names = ", ".join(record) if isinstance(record, dict) else type(record).__name__
+                raise UsageError(f"source {path}: line {number} has no text in field {field!r} (it has: {names}); see --field")
+        yield tuple(clean(record[field]) for field in fields)
 
 
 def _parquet(path: Path, field: str, feed: Feed | None) -> Iterator[Piece]:

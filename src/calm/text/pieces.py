@@ -17,10 +17,11 @@ _WORD = re.compile(r"(?<=\S)(?= \S)")
 
 
 class Piece(NamedTuple):
-    """A part of a document; `last` says that the document ends behind it."""
+    """A part of a document; `last` says that the document ends behind it, `prompt` that it is only to be read."""
 
     text: str
     last: bool
+    prompt: bool = False
 
 
 def cut_text(text: str, start: int = 0) -> Iterator[Piece]:

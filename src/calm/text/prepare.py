@@ -33,7 +33,7 @@ from calm.text.tokenizer import (
     train_bpe,
     word_tokenizer,
 )
-from calm.text.writer import SplitWriter, write_whole
+from calm.text.writer import SplitWriter, remove_prepared, write_whole
 
 AUTO = "auto"
 SAMPLE = 50_000_000  # characters a BPE is trained on
@@ -65,6 +65,7 @@ def prepare(
     *,
     field: str = "text",
     separator: str | None = None,
+    prompt_field: str | None = None,
     valid: float = 0.05,
     test: float = 0.05,
     shard_tokens: int = 100_000_000,
@@ -78,7 +79,8 @@ def prepare(
       source: pydoc, a file, a folder, hf:NAME[:SUBSET], world:NAME[:SETTINGS] (`calm.text.corpus`).
       tokenizer: bytes, bpe:SIZE (trained on the train split), a tokenizer.json, a tiktoken rank file, or words, one id each
         (of a world); auto is words for a world and bpe:8192 for all else.
-      field, separator: where records hold their text; what separates documents in a .txt.
+      field, separator, prompt_field: where records hold their text; what separates documents in a .txt; where .jsonl records
+        hold a prompt before their text (it is stored, and marked as such: `calm.text.prompted`).
       valid, test: shares held out when no file name says the split.
       shard_tokens: tokens in a shard file.
       license: stamped into the manifest.
@@ -95,18 +97,19 @@ def prepare(
         if not _made(tokenizer):
             load_tokenizer(tokenizer)  # a wrong path shows here, not after the source was read
         check_shares(valid, test)
-        opened = open_source(source, field=field, separator=separator)
+        opened = open_source(source, field=field, separator=separator, prompt_field=prompt_field)
         tokenizer = opened.tokenizer if str(tokenizer) == AUTO else tokenizer
         if str(tokenizer) == WORDS and not opened.words:
             load_tokenizer(tokenizer)
         out.mkdir(parents=True, exist_ok=True)
         if overwrite:
-            _remove(out)
+            remove_prepared(out, NAMES)
         request = {
             "source": opened.name,
             "tokenizer": str(tokenizer) if _made(tokenizer) else Path(tokenizer).name,
             "field": field,
             "separator": separator,
+            "prompt_field": prompt_field,
             "valid": valid,
             "test": test,
             "shard_tokens": shard_tokens,
@@ -214,7 +217,8 @@ class _Job:
 
     def _clean_up(self) -> None:
         for name in NAMES:
-            (self.out / f"{name}.documents.part").unlink(missing_ok=True)
+            for kind in ("documents", "prompts"):
+                (self.out / f"{name}.{kind}.part").unlink(missing_ok=True)
         (self.out / JOURNAL).unlink(missing_ok=True)
 
     def _say(self, line: str) -> None:
@@ -301,6 +305,7 @@ class _Job:
                 dtype=_dtype(tokenizer),
                 shard_tokens=self.request["shard_tokens"],
                 end_id=tokenizer.end_id,
+                prompts=self.request["prompt_field"] is not None,
                 counts=counts.get(name),
             )
             for name in NAMES
@@ -327,7 +332,7 @@ class _Job:
             for name, writer in writers.items():
                 if name != item.split:
                     writer.end_document()  # a document that was cut by the edge between two splits
-            writers[item.split].append(row, _size(item.text), item.last)
+            writers[item.split].append(row, _size(item.text), item.last, item.prompt)
         return batch[-1][0]
 
     def _walk(self, plan: SplitPlan, start: Cursor) -> Iterator[tuple[Cursor, list[Labelled]]]:
@@ -335,10 +340,10 @@ class _Job:
         cursor = dataclasses.replace(start)
         for part in range(start.part, len(self.source.parts)):
             split = self.source.parts[part].split
-            for text, last in itertools.islice(self.source.pieces_from(part, cursor.document), cursor.piece, None):
+            for text, last, prompt in itertools.islice(self.source.pieces_from(part, cursor.document), cursor.piece, None):
                 items: list[Labelled] = []
                 if text or cursor.piece:  # else an empty document, which is counted and left out
-                    items = list(plan.label(text, last, split, cursor.train_documents, cursor.train_characters))
+                    items = list(plan.label(text, last, split, cursor.train_documents, cursor.train_characters, prompt))
                 if split == "train":
                     cursor.train_characters += len(text)
                     cursor.train_documents += last
@@ -383,12 +388,3 @@ def _size(text: str) -> int:
 
 def _dtype(tokenizer: Tokenizer) -> str:
     return "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
-
-
-def _remove(out: Path) -> None:
-    """What `prepare` writes and nothing else."""
-    for name in NAMES:
-        for path in [*out.glob(f"{name}-[0-9]*.bin"), *out.glob(f"{name}.bin.part"), *out.glob(f"{name}.documents.*")]:
-            path.unlink()
-    for name in ("manifest.json", "tokenizer.json", JOURNAL):
-        (out / name).unlink(missing_ok=True)

@@ -4,6 +4,7 @@
          tokenizer.json
          train-00000.bin ...      little-endian uint16 (vocabularies up to 65,536) or uint32, nothing but ids
          train.documents.npy      uint64: where each document starts, in tokens from the start of the split
+         train.prompts.npy        uint64: how many of its first tokens are a prompt, for each document, where there are any
 
 The shards of a split are one long row of tokens; every document in it is followed by the end id.
 """
@@ -75,6 +76,7 @@ class Split:
     def __init__(self, folder: Path, name: str, entry: dict[str, Any], dtype: str):
         self.name, self.folder = name, folder
         self.num_tokens: int = entry["tokens"]
+        self.has_prompts = "prompt_tokens" in entry
         self._dtype = np.dtype(dtype).newbyteorder("<")
         self._paths = [folder / file for file in entry["shards"]]
         self._ends = list(itertools.accumulate(entry["shards"].values()))
@@ -89,6 +91,11 @@ class Split:
     @functools.cached_property
     def documents(self) -> UInt[np.ndarray, "M"]:
         return np.load(self.folder / f"{self.name}.documents.npy", mmap_mode="r")
+
+    @functools.cached_property
+    def prompts(self) -> UInt[np.ndarray, "M"] | None:
+        """How many tokens of each document are its prompt; None for text without prompts."""
+        return np.load(self.folder / f"{self.name}.prompts.npy", mmap_mode="r") if self.has_prompts else None
 
     def read(self, start: int, length: int) -> Int[np.ndarray, "T"]:
         """Tokens start .. start + length, across shard files. Raises IndexError beyond the split."""

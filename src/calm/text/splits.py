@@ -12,11 +12,12 @@ FEW = 200  # below so many documents a hash would hold out too few of them, or a
 
 
 class Labelled(NamedTuple):
-    """A piece with its split; `last` says that the document ends behind it."""
+    """A piece with its split; `last` and `prompt` as in `Piece`."""
 
     split: str
     text: str
     last: bool
+    prompt: bool = False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,23 +33,25 @@ class SplitPlan:
     test: float = 0.0
     edges: tuple[tuple[int, str], ...] = ()
 
-    def label(self, text: str, last: bool, split: str, document: int, position: int) -> Iterator[Labelled]:
+    def label(
+        self, text: str, last: bool, split: str, document: int, position: int, prompt: bool = False
+    ) -> Iterator[Labelled]:
         """The piece `text`, `document`-th of the train documents, with `position` characters of them before it."""
         if split != "train" or self.rule == "named":
-            yield Labelled(split, text, last)
+            yield Labelled(split, text, last, prompt)
         elif self.rule == "hash":
             draw = _uniform(document)
             name = "valid" if draw < self.valid else "test" if draw < self.valid + self.test else "train"
-            yield Labelled(name, text, last)
+            yield Labelled(name, text, last, prompt)
         else:
-            yield from self._by_place(text, last, position)
+            yield from self._by_place(text, last, position, prompt)
 
-    def _by_place(self, text: str, last: bool, position: int) -> Iterator[Labelled]:
+    def _by_place(self, text: str, last: bool, position: int, prompt: bool) -> Iterator[Labelled]:
         while True:
             split = ([name for edge, name in self.edges if edge <= position] or ["train"])[-1]
             coming = [edge - position for edge, _ in self.edges if position < edge < position + len(text)]
             cut = (text.find("\n", coming[0]) + 1 or coming[0]) if coming else len(text)
-            yield Labelled(split, text[:cut], last)
+            yield Labelled(split, text[:cut], last, prompt)
             text, position = text[cut:], position + cut
             if not text:
                 return

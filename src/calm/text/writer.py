@@ -5,6 +5,7 @@ writer made from those counts cuts off whatever a killed run wrote behind them, 
 """
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -12,6 +13,7 @@ import numpy as np
 from jaxtyping import Int
 
 from calm.errors import UsageError
+from calm.text.shards import JOURNAL
 
 
 def write_whole(path: Path, content: str) -> None:
@@ -28,6 +30,16 @@ def write_whole(path: Path, content: str) -> None:
         raise
 
 
+def remove_prepared(folder: Path, names: Sequence[str]) -> None:
+    """What preparing writes, of splits of these names, and nothing else."""
+    for name in names:
+        for pattern in (f"{name}-[0-9]*.bin", f"{name}.bin.part", f"{name}.documents.*", f"{name}.prompts.*"):
+            for path in folder.glob(pattern):
+                path.unlink()
+    for name in ("manifest.json", "tokenizer.json", JOURNAL):
+        (folder / name).unlink(missing_ok=True)
+
+
 def _truncate(path: Path, size: int) -> None:
     found = path.stat().st_size if path.is_file() else 0
     if found < size:
@@ -40,11 +52,20 @@ class SplitWriter:
 
     Args:
       end_id: goes behind every document.
+      prompts: also writes how many tokens of each document are its prompt.
       counts: what `flush` returned when the run that goes on here was interrupted.
     """
 
     def __init__(
-        self, folder: Path, name: str, *, dtype: str, shard_tokens: int, end_id: int, counts: dict[str, Any] | None = None
+        self,
+        folder: Path,
+        name: str,
+        *,
+        dtype: str,
+        shard_tokens: int,
+        end_id: int,
+        prompts: bool = False,
+        counts: dict[str, Any] | None = None,
     ):
         self.folder, self.name, self.shard_tokens = folder, name, shard_tokens
         self._dtype = np.dtype(dtype).newbyteorder("<")
@@ -52,20 +73,25 @@ class SplitWriter:
         counts = counts or {"tokens": 0, "documents": 0, "bytes": 0, "open": False}
         self.tokens, self.documents, self.bytes = counts["tokens"], counts["documents"], counts["bytes"]
         self.open = counts["open"]  # a document that has not ended yet
+        self.prompts = prompts
+        self.prompt, self.prompt_tokens = counts.get("prompt", 0), counts.get("prompt_tokens", 0)  # of that one, and of all
         self._starts: list[int] = []
+        self._lengths: list[int] = []
         self._cut_back()
         self._file: BinaryIO | None = None
         self._starts_file = self._starts_path.open("ab")
+        self._prompts_file = self._prompts_path.open("ab") if prompts else None
 
-    def append(self, ids: Int[np.ndarray, "T"], num_bytes: int, last: bool) -> None:
-        """The next piece of the present document, or the first of a new one."""
+    def append(self, ids: Int[np.ndarray, "T"], num_bytes: int, last: bool, prompt: bool = False) -> None:
+        """The next piece of the present document, or the first of a new one; pieces of its prompt come first."""
         if not self.open:
             if not len(ids):
                 return
             self._starts.append(self.tokens)
             self.documents += 1
-            self.open = True
+            self.open, self.prompt = True, 0
         self._put(ids)
+        self.prompt += len(ids) * prompt
         self.bytes += num_bytes
         if last:
             self.end_document()
@@ -73,20 +99,25 @@ class SplitWriter:
     def end_document(self) -> None:
         if self.open:
             self._put(self._end)
-            self.open = False
+            self._lengths.append(self.prompt)
+            self.prompt_tokens += self.prompt
+            self.open, self.prompt = False, 0
 
     def flush(self) -> dict[str, Any]:
         """Everything on the disk; what it amounts to."""
         self._starts_file.write(np.array(self._starts, "<u8").tobytes())
-        self._starts = []
-        for file in (self._starts_file, self._file):
+        if self._prompts_file is not None:
+            self._prompts_file.write(np.array(self._lengths, "<u8").tobytes())
+        self._starts, self._lengths = [], []
+        for file in (self._starts_file, self._prompts_file, self._file):
             if file is not None:
                 file.flush()
                 os.fsync(file.fileno())
-        return {"tokens": self.tokens, "documents": self.documents, "bytes": self.bytes, "open": self.open}
+        counts = {"tokens": self.tokens, "documents": self.documents, "bytes": self.bytes, "open": self.open}
+        return counts | ({"prompt": self.prompt, "prompt_tokens": self.prompt_tokens} if self.prompts else {})
 
     def close(self) -> None:
-        for file in (self._starts_file, self._file):
+        for file in (self._starts_file, self._prompts_file, self._file):
             if file is not None:
                 file.close()
 
@@ -99,21 +130,23 @@ class SplitWriter:
             os.replace(self._part, self._shard(self.tokens // self.shard_tokens))
         if not self.tokens:
             return {"documents": 0, "tokens": 0, "bytes": 0, "shards": {}}
-        starts = np.memmap(self._starts_path, "<u8", mode="r")
-        temporary = self._starts_path.with_suffix(".tmp")
-        with temporary.open("wb") as file:
-            np.save(file, starts)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, self.folder / f"{self.name}.documents.npy")
+        for path in (self._starts_path, *([self._prompts_path] if self.prompts else [])):
+            temporary = path.with_suffix(".tmp")
+            with temporary.open("wb") as file:
+                np.save(file, np.memmap(path, "<u8", mode="r"))
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path.with_suffix(".npy"))
         sizes = [self.shard_tokens] * (self.tokens // self.shard_tokens)
         sizes += [self.tokens % self.shard_tokens] if self.tokens % self.shard_tokens else []
         shards = {self._shard(index).name: size for index, size in enumerate(sizes)}
-        return {"documents": self.documents, "tokens": self.tokens, "bytes": self.bytes, "shards": shards}
+        counts = {"documents": self.documents, "tokens": self.tokens, "bytes": self.bytes, "shards": shards}
+        return counts | ({"prompt_tokens": self.prompt_tokens} if self.prompts else {})
 
     def clean_up(self) -> None:
         """Removes what only a run that goes on would need; called when the manifest stands."""
         self._starts_path.unlink(missing_ok=True)
+        self._prompts_path.unlink(missing_ok=True)
 
     # -- files --------------------------------------------------------------------------------------------------------
 
@@ -146,6 +179,9 @@ class SplitWriter:
             self._part.unlink(missing_ok=True)
         self._starts_path.touch()
         _truncate(self._starts_path, self.documents * 8)
+        if self.prompts:
+            self._prompts_path.touch()
+            _truncate(self._prompts_path, (self.documents - self.open) * 8)
 
     def _shard(self, index: int) -> Path:
         return self.folder / f"{self.name}-{index:05d}.bin"
@@ -157,3 +193,7 @@ class SplitWriter:
     @property
     def _starts_path(self) -> Path:
         return self.folder / f"{self.name}.documents.part"
+
+    @property
+    def _prompts_path(self) -> Path:
+        return self.folder / f"{self.name}.prompts.part"
