@@ -27,7 +27,7 @@ from calm.train.evaluate import evaluate_autoencoder, evaluate_latent_lm, text_p
 from calm.train.loop import TrainResult, train
 from calm.train.mesh import initialize_distributed
 from calm.train.objective import AutoencoderLossConfig, AutoencoderObjective, LatentLossConfig, LatentObjective
-from calm.train.run_folder import best_step
+from calm.train.run_folder import RunFolder, best_step
 from calm.train.settings import TrainConfig, settle_precision
 
 AUTOENCODER: Literal["autoencoder"] = "autoencoder"
@@ -213,6 +213,11 @@ def run_training(
         "tokenizer": data.tokenizer.fingerprint,
         "data": {"source": data.manifest.source, "splits": {k: v["tokens"] for k, v in data.manifest.splits.items()}},
         "parameters": run.model.parameters(),
+        "flops": {
+            "per_token": objective.flops_per_token(),
+            "tokens": run.train.steps * run.train.batch_size * run.train.num_tokens,
+            "before": _flops_before(run, out),
+        },
     }
     return train(
         objective,
@@ -229,6 +234,17 @@ def run_training(
         facts=facts,
         quiet=quiet,
     )
+
+
+def _flops_before(run: Run, out: str | Path) -> float:
+    """FLOPs of the autoencoder that a latent language model was trained on, where its run says them; 0 where nobody knows."""
+    if not isinstance(run, LatentLMRun):
+        return 0.0
+    recorded = RunFolder(out, writes=False).read_meta().get("flops")
+    if recorded is not None:  # the run goes on: the autoencoder's folder may be gone by now
+        return float(recorded["before"])
+    stage_1 = RunFolder(run.autoencoder, writes=False).read_meta().get("flops")
+    return 0.0 if stage_1 is None else float(stage_1["per_token"] * stage_1["tokens"])
 
 
 def samples(predictor: Predictor, data: Data, num_tokens: int, at_half: Sampler) -> str:

@@ -43,6 +43,8 @@ VERBS = {
     "generate": Verb("generate", "Generate", "continue prompts, streaming chunk by chunk"),
     "frontier": Verb("frontier", "Frontier", "accuracy against collision over temperatures and numbers of candidates"),
     "import official": Verb("import_model", "ImportOfficial", "read a published PyTorch checkpoint into a folder of ours"),
+    "inspect autoencoder": Verb("inspect", "InspectAutoencoder", "look at latents: noise, KL, spread, smoothness"),
+    "diagnose": Verb("diagnose", "Diagnose", "name the first stage at which a language model fails"),
     "export": Verb("export", "Export", "write a run as safetensors + config.json + tokenizer.json + model card"),
     "doctor": Verb("doctor", "Doctor", "say what this machine can do, what is missing and how to get it"),
 }
@@ -65,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not words and (not rest or rest[0] in ("-h", "--help")):
         print(help_page())
         return 0
-    if argv is None and words.split(" ")[0] in ("quickstart", "train", "evaluate"):  # a process of its own, and heavy work
+    if argv is None and words.split(" ")[0] in ("quickstart", "train", "evaluate", "inspect", "diagnose"):  # a process of its own, and heavy work
         restart_with_huge_pages()
     as_json = "--json" in rest
     verbose = bool({"-v", "--verbose"} & set(rest)) or os.environ.get("CALM_DEBUG", "") not in ("", "0")

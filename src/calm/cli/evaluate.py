@@ -28,6 +28,10 @@ class Evaluate:
     """How a latent becomes tokens: the decoder's argmax, or drawn from its softmax (scored exactly)."""
     noise: tuple[float, ...] = (0.3,)
     """Noise on the posterior mean under which the autoencoder's reconstruction is scored too."""
+    bound: int = 0
+    """Also bound the likelihood by this many samples of the latent (64, or up to 1024 on little text); 0 = no."""
+    bound_tokens: int = 16 * 1024
+    """Tokens on which it is bounded: each costs as much as all its samples."""
     samples: int = 0
     """Let the model write this many continuations of held-out prompts, and score them too; 0 = none."""
     judge: str | None = None
@@ -41,7 +45,7 @@ class Evaluate:
     """Also write the scores as JSON to this file."""
 
     def run(self) -> dict[str, Any]:
-        from calm import bundle
+        from calm import bundle, examine
         from calm.cli import plain
         from calm.report.scores import compare
         from calm.writing import as_judge, score_writing
@@ -63,6 +67,11 @@ class Evaluate:
         )
         if "lm" in scores:
             scores["against_bigram"] = compare(scores["lm"], scores["bigram"])
+        if self.bound:
+            options: dict[str, Any] = dict(split=self.split, max_tokens=self.bound_tokens, seed=self.seed)
+            scores["bound"] = examine.likelihood_bound(model, self.data, num_samples=self.bound, **options)
+        inference, training = examine.cost(model)
+        scores["flops"] = {"inference": inference, "training": training}
         if self.samples:
             scores["writing"] = score_writing(
                 model,
@@ -80,6 +89,7 @@ class Evaluate:
         return scores
 
     def show(self, scores: dict[str, Any]) -> str:
+        from calm.metrics.flops import flops_line
         from calm.report.scores import brier_table
 
         parts = [scores["autoencoder"].table()] if "autoencoder" in scores else []
@@ -88,6 +98,11 @@ class Evaluate:
                 brier_table([scores[name] for name in ("lm", "bigram", "unigram")]),
                 scores["against_bigram"].table(),
             ]
+        if "bound" in scores:
+            parts.append(scores["bound"].table())
+        cost = flops_line(scores["flops"]["inference"], scores["flops"]["training"])
+        if cost:
+            parts.append(cost)
         if "writing" in scores:
             brier = {scores[name].name: scores[name].brier_lm for name in ("lm", "bigram", "unigram")}
             parts.append(scores["writing"].table(brier))
