@@ -88,9 +88,11 @@ def test_the_chunk_predictor_is_scored_by_plain_cross_entropy():
     @jax.jit
     def plain(hidden, chunks, table):
         slots = predictor.project(predictor.norm(hidden)).reshape(-1, 7)
-        return plain_cross_entropy(slots, table, chunks.reshape(-1)).mean()
+        nats = plain_cross_entropy(slots, table, chunks.reshape(-1)).reshape(2, 4, 3).mean(-1)
+        return (nats * weights).sum()
 
-    ours = jax.jit(lambda hidden, chunks, table: predictor.loss(hidden, chunks, table))(HIDDEN, chunks, table)
+    weights = jnp.arange(8.0).reshape(2, 4) / 28
+    ours = jax.jit(lambda hidden, chunks, table: predictor.loss(hidden, chunks, table, weights))(HIDDEN, chunks, table)
     np.testing.assert_allclose(ours, plain(HIDDEN, chunks, table), rtol=1e-5)
 
 

@@ -37,14 +37,15 @@ def objective(writer: ContextDecoderConfig | None = None, **terms: object) -> La
 def test_the_log_mean_likelihood_and_its_gradients_are_the_plain_formula():
     states, table = jnp.asarray(normal(3, 5, K, 8)), jnp.asarray(normal(V, 8, seed=1))
     targets = jnp.asarray(np.random.default_rng(2).integers(0, V, (5, K)))
+    weights = jnp.asarray([0.1, 0.2, 0.0, 0.4, 0.3])
 
     def plain(states, table):
         log_probability = jax.nn.log_softmax(states @ table.T)
         chosen = jnp.take_along_axis(log_probability, jnp.broadcast_to(targets, (3, 5, K))[..., None], -1)[..., 0].sum(-1)
-        return -(jax.nn.logsumexp(chosen, axis=0) - jnp.log(3.0)).mean() / K
+        return -((jax.nn.logsumexp(chosen, axis=0) - jnp.log(3.0)) * weights).sum() / K
 
     def ours(states, table):
-        return log_mean_nats(states, table, targets, "float32", table_gradient=True)
+        return log_mean_nats(states, table, targets, "float32", weights, table_gradient=True)
 
     (value, gradients), (expected, expected_gradients) = (
         jax.value_and_grad(f, argnums=(0, 1))(states, table) for f in (ours, plain)
@@ -64,7 +65,7 @@ def test_the_slot_energy_is_the_energy_score_of_every_slot():
         fidelity = np.linalg.norm(x - y, axis=-1).mean(0)
         pairs = [np.linalg.norm(x[i] - x[j], axis=-1) for i, j in itertools.combinations(range(4), 2)]
         total += (2 * fidelity - np.mean(pairs, axis=0)).mean()
-    np.testing.assert_allclose(slot_energy(autoencoder, samples, target, 1.0), total, rtol=1e-5)
+    np.testing.assert_allclose(slot_energy(autoencoder, samples, target, 1.0).mean(), total, rtol=1e-5)
 
 
 WRITER = ContextDecoderConfig(dim=12, inner_dim=16, num_layers=1, table_dim=6)

@@ -21,8 +21,14 @@ class ChunkPredictor(nnx.Module):
         self.project = Dense(dim, chunk_size * table_dim, precision=precision, rngs=rngs)
         self.table_dim, self.precision = table_dim, precision
 
-    def loss(self, hidden: Float[Array, "*b D"], chunks: Int[Array, "*b K"], table: Float[Array, "V W"]) -> Float[Array, ""]:
-        """Mean cross-entropy in nats per token."""
+    def loss(
+        self,
+        hidden: Float[Array, "*b D"],
+        chunks: Int[Array, "*b K"],
+        table: Float[Array, "V W"],
+        weights: Float[Array, "*b"],
+    ) -> Float[Array, ""]:
+        """Cross-entropy in nats per token, added up over chunks by `weights`."""
         slots = self.project(self.norm(hidden)).reshape(-1, self.table_dim)
-        weights = jnp.full((slots.shape[0],), 1.0 / slots.shape[0])
-        return fused_cross_entropy(slots, table, chunks.reshape(-1), weights, self.precision, False)
+        of_token = jnp.repeat(weights.reshape(-1) / chunks.shape[-1], chunks.shape[-1])
+        return fused_cross_entropy(slots, table, chunks.reshape(-1), of_token, self.precision, False)

@@ -18,6 +18,7 @@ from calm.losses.energy_score import distance
 from calm.models import LatentLM, LatentLMConfig
 from calm.nn.dense import Dense, Precision, dense_flops
 from calm.rng import PRNGKey, stream
+from calm.train.response_mask import split_mask, target_weights
 
 Terms = dict[str, Float[Array, ""]]
 
@@ -72,6 +73,7 @@ class AutoencoderObjective:
         self, params: Any, frozen: Any, tokens: Int[Array, "B T"], key: PRNGKey, step: int | Int[Array, ""] = 0
     ) -> tuple[Float[Array, ""], Terms]:
         autoencoder = self.module(params)
+        tokens, _ = split_mask(tokens)  # the chunks of prompts are to be coded as well
         chunks = as_chunks(tokens, self.model.chunk_size).reshape(-1, self.model.chunk_size)
         if self.terms.random_chunks:
             random = jax.random.randint(stream(key, "random tokens"), chunks.shape, 0, self.model.vocab_size)
@@ -163,7 +165,8 @@ class LatentLossConfig:
 
 
 class LatentObjective:
-    """Weighted terms over one set of samples, against the frozen autoencoder's posterior of the next chunk.
+    """Weighted terms over one set of samples, against the frozen autoencoder's posterior of the next chunk. Each is a mean over
+    the chunks that count (`calm.train.response_mask`).
 
     The trained weights are a dictionary: `lm`, and what only a term needs (`auxiliary`, `anchor`), which inference drops.
     """
@@ -244,8 +247,13 @@ class LatentObjective:
     ) -> tuple[Float[Array, ""], Terms]:
         lm, weigh = self.module(params), self.terms
         autoencoder = nnx.merge(self.autoencoder_graphdef, frozen)
-        chunks = as_chunks(tokens, self.model.chunk_size)
+        tokens, counted = split_mask(tokens)
+        chunks, weights = as_chunks(tokens, self.model.chunk_size), target_weights(counted, self.model.chunk_size)
         targets = chunks[:, 1:]
+
+        def mean(of_position: Float[Array, "B N"]) -> Float[Array, ""]:
+            return (of_position * weights).sum()
+
         posterior = jax.lax.stop_gradient(autoencoder.encode(targets))
         hidden, _ = lm.hidden(chunks[:, :-1], autoencoder=autoencoder)
         terms: Terms = {}
@@ -255,25 +263,27 @@ class LatentObjective:
             samples = lm.sample(stream(key, "head"), hidden, self.samples_needed)
         if weigh.energy_weight:
             sizes = dict(num_draws=weigh.num_draws, alpha=weigh.alpha, fidelity=weigh.fidelity)
-            terms["energy"] = energy_loss(samples, posterior, stream(key, "targets"), **sizes).mean()
+            energy = energy_loss(samples, posterior, stream(key, "targets"), **sizes)
+            terms["energy"] = mean(energy)
             loss += weigh.energy_weight_at(step) * terms["energy"]
         if self.has_own_loss and weigh.own_weight:
-            terms["own"] = head_loss(lm.head)(stream(key, "own"), hidden, posterior).mean()
+            terms["own"] = mean(head_loss(lm.head)(stream(key, "own"), hidden, posterior))
             loss += weigh.own_weight * terms["own"]
         if weigh.auxiliary_weight:
             auxiliary = nnx.merge(self.graphdefs["auxiliary"], params["auxiliary"])
-            terms["auxiliary"] = auxiliary.loss(hidden, targets, jax.lax.stop_gradient(autoencoder.table))
+            terms["auxiliary"] = auxiliary.loss(hidden, targets, jax.lax.stop_gradient(autoencoder.table), weights)
             loss += weigh.auxiliary_weight_at(step) * terms["auxiliary"]
         if weigh.anchor_weight:
             anchor = nnx.merge(self.graphdefs["anchor"], params["anchor"])
-            terms["anchor"] = jnp.square(anchor(hidden) - posterior.mean).sum(-1).mean()
+            terms["anchor"] = mean(jnp.square(anchor(hidden) - posterior.mean).sum(-1))
             loss += weigh.anchor_weight * terms["anchor"]
         if weigh.slot_energy_weight:
             latents = posterior.sample(stream(key, "slots"))
-            terms["slot_energy"] = slot_energy(autoencoder, samples, latents, weigh.alpha)
+            terms["slot_energy"] = mean(slot_energy(autoencoder, samples, latents, weigh.alpha))
             loss += weigh.slot_energy_weight * terms["slot_energy"]
         if weigh.likelihood_weight:
-            terms["likelihood"] = self._likelihood(autoencoder, lm, hidden, samples[: weigh.likelihood_samples], chunks)
+            some = samples[: weigh.likelihood_samples]
+            terms["likelihood"] = self._likelihood(autoencoder, lm, hidden, some, chunks, weights)
             loss += weigh.likelihood_weight * terms["likelihood"]
         return loss, terms
 
@@ -284,6 +294,7 @@ class LatentObjective:
         hidden: Float[Array, "B N D"],
         samples: Float[Array, "S B N Z"],
         chunks: Int[Array, "B M K"],
+        weights: Float[Array, "B N"],
     ) -> Float[Array, ""]:
         """-log mean_s p(chunk | latent s) per token."""
         writer, targets = lm.context_decoder, chunks[:, 1:]
@@ -294,7 +305,7 @@ class LatentObjective:
                 writer.plan(hidden, samples if writer.config.use_latent else None), chunks[:, :-1], targets
             )
             table = writer.table
-        return log_mean_nats(states, table, targets, self.precision, table_gradient=writer is not None)
+        return log_mean_nats(states, table, targets, self.precision, weights, table_gradient=writer is not None)
 
     def flops_per_token(self) -> float:
         """Forward and backward FLOPs per token of the trained parts, and the frozen encoder's forward pass."""
@@ -326,7 +337,7 @@ def head_loss(head: Any) -> Callable[..., Float[Array, "*b"]]:
 
 def slot_energy(
     autoencoder: Autoencoder, samples: Float[Array, "S *b Z"], target: Float[Array, "*b Z"], alpha: float
-) -> Float[Array, ""]:
+) -> Float[Array, "*b"]:
     """The energy loss of every token slot in the decoder's hidden states, against one draw of the target; summed over slots.
 
     A latent's energy score sees a chunk as one point; here each token has its own distance.
@@ -335,7 +346,7 @@ def slot_energy(
     truth = autoencoder.decode_states(target)
     flat = states.reshape(len(states), -1, states.shape[-1])
     fidelity = distance(jnp.square(flat - truth.reshape(1, *flat.shape[1:])).sum(-1), alpha).mean(0)
-    return (2 * fidelity - diversity(flat, alpha)).mean() * states.shape[-2]
+    return (2 * fidelity - diversity(flat, alpha)).reshape(states.shape[1:-1]).sum(-1)
 
 
 def log_mean_nats(
@@ -343,23 +354,24 @@ def log_mean_nats(
     table: Float[Array, "V W"],
     targets: Int[Array, "*b K"],
     precision: Precision,
+    weights: Float[Array, "*b"],
     *,
     table_gradient: bool,
 ) -> Float[Array, ""]:
-    """-log (1/S) sum_s p_s(chunk), in nats per token, averaged over chunks; p_s the product over the chunk's K tokens.
+    """-log (1/S) sum_s p_s(chunk), in nats per token, added up over chunks by `weights`; p_s the product over K tokens.
 
     Its gradient is the cross-entropy's with every sample weighted by its share of that sum; so the shares are found
     first, keeping no logits, and one fused pass with known weights follows.
     """
-    num_samples, width = len(states), states.shape[-1]
+    num_samples, width, chunk_size = len(states), states.shape[-1], targets.shape[-1]
+    each = weights.reshape(-1) / chunk_size
     rows = jnp.broadcast_to(targets, states.shape[:-1]).reshape(-1)
     flat = states.reshape(-1, width)
     if num_samples == 1:
-        weights = jnp.full(rows.shape, 1.0 / targets.size)
-        return fused_cross_entropy(flat, table, rows, weights, precision, table_gradient)
+        return fused_cross_entropy(flat, table, rows, jnp.repeat(each, chunk_size), precision, table_gradient)
     chunk = target_log_prob(jax.lax.stop_gradient(flat), jax.lax.stop_gradient(table), rows, precision)
-    chunk = chunk.reshape(num_samples, -1, targets.shape[-1]).sum(-1)
-    value = -(jax.nn.logsumexp(chunk, axis=0) - math.log(num_samples)).sum() / targets.size
-    shares = jnp.repeat(jax.nn.softmax(chunk, axis=0).reshape(-1), targets.shape[-1]) / targets.size
+    chunk = chunk.reshape(num_samples, -1, chunk_size).sum(-1)
+    value = -((jax.nn.logsumexp(chunk, axis=0) - math.log(num_samples)) * each).sum()
+    shares = jnp.repeat((jax.nn.softmax(chunk, axis=0) * each).reshape(-1), chunk_size)
     weighted = fused_cross_entropy(flat, table, rows, shares, precision, table_gradient)
     return weighted + jax.lax.stop_gradient(value - weighted)

@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
@@ -11,10 +10,11 @@ from calm.models.token_lm import TokenLM, TokenLMConfig
 from calm.nn.dense import Precision
 from calm.rng import PRNGKey
 from calm.train.objective import Terms
+from calm.train.response_mask import split_mask, target_weights
 
 
 class TokenObjective:
-    """Mean cross-entropy of every token but the first of its row, given those before it, in nats."""
+    """Mean cross-entropy of the tokens that count but the first of their row, each given those before it, in nats."""
 
     def __init__(self, model: TokenLMConfig, *, context: int, precision: Precision = "float32"):
         self.model, self.context, self.precision = model, context, precision
@@ -31,10 +31,11 @@ class TokenObjective:
     def loss(
         self, params: Any, frozen: Any, tokens: Int[Array, "B T"], key: PRNGKey, step: int | Int[Array, ""] = 0
     ) -> tuple[Float[Array, ""], Terms]:
+        tokens, counted = split_mask(tokens)
         lm, targets = self.module(params), tokens[:, 1:].reshape(-1)
         hidden, _ = lm.hidden(tokens[:, :-1, None])
         states = lm.head(hidden).reshape(targets.size, -1)
-        weights = jnp.full((targets.size,), 1.0 / targets.size)
+        weights = target_weights(counted, 1).reshape(-1)
         nats = fused_cross_entropy(states, lm.table, targets, weights, self.precision)
         return nats, {"cross_entropy": nats}
 
