@@ -80,14 +80,16 @@ class Progress(NamedTuple):
 def prepare(model: Model, allowed: Int[Array, "X"], end_id: Int[Array, ""]) -> Weights:
     """Takes the layers apart, and rounds the operands of products: once, because a step would otherwise do it again every time.
 
-    `allowed` holds the ids that may be written, ascending. Exact: a product rounds its operands in any case, and embeddings
-    enter nothing but products.
+    `allowed` holds the ids that may be written, ascending. Exact: a product rounds its operands in any case, and the model's
+    embeddings enter nothing but products.
     """
     predictor: Predictor = model.merge()
 
     def leaf(path: tuple, x: Array) -> Array:
         names = {getattr(entry, "key", None) for entry in path}
-        return operand(x, predictor.precision) if names & {"kernel", "embedding"} else x
+        # the autoencoder's embeddings, where its encoder reads them, enter a sum as well
+        products_only = "kernel" in names or ("embedding" in names and "autoencoder" not in names)
+        return operand(x, predictor.precision) if products_only else x
 
     graphdef, params = nnx.split(unrolled(model.merge()))
     laid_out = Model(graphdef, jax.tree_util.tree_map_with_path(leaf, params))
