@@ -102,9 +102,10 @@ def test_running_out_names_draws_collision_rate_and_the_draws_expected():
     assert error.draws == used and error.expected_draws == draws_by_collisions(rate, Fraction(1, 4))
 
 
-def test_running_out_without_one_equal_pair_gives_no_estimate():
-    error = ExactTemperature().out_of_draws("prompt 0, chunk 0", 100, 0.0)
-    assert "no two draws were equal" in str(error) and error.expected_draws == float("inf")
+def test_running_out_without_one_equal_pair_gives_the_least_that_is_needed():
+    error = ExactTemperature(block=65).out_of_draws("prompt 0, chunk 0", 100, 0.0)
+    assert "observed collision rate 0, for which more than 6.4e+03 draws are expected" in str(error)
+    assert error.expected_draws == pytest.approx(2 * 100 * 64 / 2)
 
 
 @pytest.mark.parametrize("temperature", [Fraction(0), Fraction(-1, 2), Fraction(11, 10)])

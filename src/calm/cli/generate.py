@@ -41,8 +41,8 @@ class Generate:
     """Write no run of this many tokens twice."""
     ban: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     """A token never to write: text that is one token, or #ID; repeatable."""
-    decoding: Literal["argmax", "drawn"] = "argmax"
-    """How a latent becomes tokens: the decoder's argmax, or drawn from its softmax."""
+    decoding: Literal["argmax", "drawn"] | None = None
+    """How a latent becomes tokens: the decoder's argmax, or drawn from its softmax; by default as suits the model."""
     seed: int = 0
     out: str | None = None
     """Also write the texts to this file, one after the other with an empty line between."""
@@ -73,6 +73,10 @@ class Generate:
             seed=self.seed,
             stream=stream if len(prompts) == 1 else None,
         )
+        fallback = sum(result["fallback_share"]) / len(prompts)
+        if fallback:
+            reason = "draws were too few, or too different, to decide as asked: the most frequent chunks were taken instead"
+            print(f"\ncalm: at {fallback:.0%} of the steps {self.candidates} {reason}", file=sys.stderr)
         if self.out is not None:
             texts = [prompt + text for prompt, text in zip(prompts, result["texts"], strict=True)]
             Path(self.out).write_text("\n\n".join(texts) + "\n", encoding="utf-8")

@@ -11,6 +11,8 @@ from calm.metrics.brier_lm import TextProtocol
 from calm.report.plots import COLOURS, _figure, _tidy
 from calm.report.tables import interval_text, table
 
+MARKS = "os^Dv*PX<>"
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FrontierPoint:
@@ -84,26 +86,23 @@ class FrontierReport:
 
 
 def frontier_curves(report: FrontierReport, out: str | os.PathLike[str]) -> None:
-    """One panel for the first token and one for the whole chunk; a line for each number of candidates, a point for each T."""
+    """One panel for the first token and one for the whole chunk: a line for each number of candidates, a mark for each T."""
     orders = list(dict.fromkeys((1, report.protocol.chunk_size)))
-    figure = _figure(3.9 * len(orders), 3.4)
+    figure = _figure(3.9 * len(orders), 3.8)
     panels = figure.subplots(1, len(orders), squeeze=False)[0]
     for axes, order in zip(panels, orders, strict=True):
         for colour, size in zip(itertools.cycle(COLOURS), report.sizes, strict=False):
             points = [point for point in report.points if point.candidates == size]
-            x, y = ([getattr(point, name)[order - 1] for point in points] for name in ("collision", "accuracy"))
-            axes.plot(
-                [i.estimate for i in x], [i.estimate for i in y], color=colour, marker="o", markersize=3, label=f"S = {size}"
-            )
+            x = [point.collision[order - 1].estimate for point in points]
+            y = [point.accuracy[order - 1] for point in points]
             spans = [[max(i.estimate - i.low, 0) for i in y], [max(i.high - i.estimate, 0) for i in y]]
-            axes.errorbar(
-                [i.estimate for i in x], [i.estimate for i in y], yerr=spans, fmt="none", ecolor=colour, elinewidth=0.6
-            )
-            if size == max(report.sizes):
-                for point, across, up in zip(points, x, y, strict=True):
-                    where = (across.estimate, up.estimate)
-                    axes.annotate(f"T={point.temperature}", where, (3, -9), textcoords="offset points", fontsize=6, color="0.3")
+            middle = [i.estimate for i in y]
+            axes.errorbar(x, middle, yerr=spans, color=colour, linewidth=1, elinewidth=0.4, label=f"S = {size}")
+            for across, up, mark in zip(x, middle, itertools.cycle(MARKS), strict=False):
+                axes.plot([across], [up], mark, color=colour, markersize=5, markeredgecolor="white", markeredgewidth=0.5)
         name = "first token" if order == 1 else f"chunk of {order} tokens"
         _tidy(axes, name, "collision rate, %", "accuracy, %" if order == 1 else "")
+    for temperature, mark in zip(report.temperatures, itertools.cycle(MARKS), strict=False):
+        panels[0].plot([], [], mark, color="0.4", markersize=5, label=f"T = {temperature}")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=6, fontsize=8, frameon=False)
     figure.savefig(out)

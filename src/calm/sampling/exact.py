@@ -117,12 +117,14 @@ class ExactTemperature:
 
     def out_of_draws(self, place: str, draws: int, collision_rate: float) -> OutOfDraws:
         """The error for a row that ran out."""
-        expected = draws_by_collisions(collision_rate, self.temperature)
-        cost = f"for which about {expected:.3g} draws are expected" if collision_rate else "no two draws were equal"
+        # without one equal pair, the rate is below that of one pair
+        least = 2 / (draws * max(self.block - 1, 1))
+        expected = draws_by_collisions(collision_rate or least, self.temperature)
+        advice = "raise max_draws, choose another temperature, or use the batch sampler"
         return OutOfDraws(
             f"{place}: exact sampling at temperature {self.temperature} used {draws} draws without accepting a chunk "
-            f"(max_draws={self.max_draws}); observed collision rate {collision_rate:.3g}, {cost}; "
-            "raise max_draws, choose another temperature, or use the batch sampler",
+            f"(max_draws={self.max_draws}); observed collision rate {collision_rate:.3g}, for which "
+            f"{'about' if collision_rate else 'more than'} {expected:.3g} draws are expected; {advice}",
             draws=draws,
             collision_rate=collision_rate,
             expected_draws=expected,
