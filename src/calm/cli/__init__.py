@@ -67,7 +67,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not words and (not rest or rest[0] in ("-h", "--help")):
         print(help_page())
         return 0
-    if argv is None and words.split(" ")[0] in ("quickstart", "train", "evaluate", "inspect", "diagnose"):  # a process of its own, and heavy work
+    heavy = ("quickstart", "train", "evaluate", "inspect", "diagnose")
+    if argv is None and words.split(" ")[0] in heavy:  # a process of its own, and heavy work
         restart_with_huge_pages()
     as_json = "--json" in rest
     verbose = bool({"-v", "--verbose"} & set(rest)) or os.environ.get("CALM_DEBUG", "") not in ("", "0")

@@ -56,7 +56,11 @@ class Evaluate:
         judge = None if self.judge is None else bundle.load(self.judge)
         if judge is not None:
             as_judge(judge, model)  # one that cannot judge is refused before the long part
-        scores = model.evaluate(
+        bound: dict[str, Any] = {}
+        if self.bound:
+            options: dict[str, Any] = dict(split=self.split, max_tokens=self.bound_tokens, seed=self.seed)
+            bound["bound"] = examine.likelihood_bound(model, self.data, num_samples=self.bound, **options)
+        scores = bound | model.evaluate(
             self.data,
             split=self.split,
             max_tokens=self.max_tokens,
@@ -67,9 +71,6 @@ class Evaluate:
         )
         if "lm" in scores:
             scores["against_bigram"] = compare(scores["lm"], scores["bigram"])
-        if self.bound:
-            options: dict[str, Any] = dict(split=self.split, max_tokens=self.bound_tokens, seed=self.seed)
-            scores["bound"] = examine.likelihood_bound(model, self.data, num_samples=self.bound, **options)
         inference, training = examine.cost(model)
         scores["flops"] = {"inference": inference, "training": training}
         if self.samples:
