@@ -151,15 +151,14 @@ class Workload:
         import jax
         import numpy as np
 
-        from calm.train.evaluate import evaluate_latent_lm
+        from calm.models import NextVector
+        from calm.train.brier import evaluate_predictor
 
-        blocks, lm, samples = self._tokens(16), self._lm(), 8
+        blocks, predictor, samples = self._tokens(16), NextVector(self.autoencoder, self._lm()), 8
         flops = (self.lm_config.flops(self.context, samples) + samples * self.decode_flops) / self.chunk_size
 
         def call() -> None:
-            evaluate_latent_lm(
-                self.autoencoder, lm, blocks, np.arange(16), jax.random.key(0), num_samples=samples, with_energy=False
-            )
+            evaluate_predictor(predictor, blocks, np.arange(16), jax.random.key(0), num_samples=samples, with_energy=False)
 
         return call, blocks.size, flops
 

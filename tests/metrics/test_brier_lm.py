@@ -13,11 +13,13 @@ import pytest
 from calm.errors import UsageError
 from calm.metrics.accumulate import BlockSums
 from calm.metrics.brier_lm import (
+    Before,
     Protocol,
     brier_argmax,
     brier_drawn,
     brier_drawn_from_latents,
     brier_intervals,
+    brier_known,
     brier_lm,
     compare_brier,
     published_two_sample,
@@ -142,10 +144,30 @@ def test_drawn_in_pieces_is_drawn_at_once(max_floats):
     np.testing.assert_allclose(brier_drawn_from_latents(logits_of, latents, targets, max_floats=max_floats), whole, atol=1e-6)
 
 
-def test_short_chunks_have_fewer_orders_and_no_brier_lm():
-    scores = brier_argmax(jnp.asarray(walk(STEP, (4, 30, 5), 9)[..., :2]), jnp.asarray(walk(STEP, (30, 5), 10)[..., :2]))
-    result = brier_intervals(block_sums(np.asarray(scores)))
-    assert len(result.brier_n) == 2 and result.brier_lm is None
+def test_a_later_chunk_counts_where_what_came_before_matches():
+    """Orders 3 and 4 of chunks of two tokens: the first chunk as drawn, the second in expectation over its law."""
+    tokens, targets = walk(OTHER, (5, 40), 9), walk(STEP, (40,), 10)
+    certain = 60 * jax.nn.one_hot(jnp.asarray(tokens[..., 2:]), 3)
+    before = Before(jnp.asarray(tokens[..., :2]), jnp.asarray(targets[..., :2]))
+    whole = brier_argmax(jnp.asarray(tokens), jnp.asarray(targets))
+    np.testing.assert_allclose(brier_drawn(certain, jnp.asarray(targets[..., 2:]), before), whole[:, 2:], atol=1e-5)
+
+
+def test_known_probabilities_along_the_squared_law_give_the_exact_score():
+    """E over x ~ p^2 / Z of the product of Z is sum P^2: here every path is taken, weighted by its probability."""
+    target = walk(STEP, (), 11)
+    laws = [START, *(STEP[token] for token in target[:-1])]
+    log_probs = np.log([law_[token] for law_, token in zip(laws, target, strict=True)])
+    match = {token: np.sum(STEP[token] ** 2) for token in range(3)}
+    first = np.sum(START**2)
+    scores = np.zeros(4)
+    for path in itertools.product(range(3), repeat=3):
+        rows = [START, STEP[path[0]], STEP[path[1]]]
+        chance = np.prod([row[token] ** 2 / np.sum(row**2) for row, token in zip(rows, path, strict=True)])
+        matches = np.array([[first, *(match[token] for token in path)]])
+        scores += chance * np.asarray(brier_known(jnp.asarray(log_probs), jnp.asarray(matches)))
+    exact = [2 * np.exp(log_probs[: n + 1].sum()) - np.sum(law(STEP, n + 1) ** 2) for n in range(4)]
+    np.testing.assert_allclose(scores, exact, atol=1e-6)
 
 
 def test_long_chunks_score_their_first_four_tokens():
@@ -173,5 +195,10 @@ def test_bad_use_is_named():
     protocol = Protocol(**settings, block_tokens=256, decoding="argmax")
     with pytest.raises(UsageError, match="block_tokens is 256"):
         protocol.require_comparable(Protocol(**settings, block_tokens=512, decoding="drawn"))
+    protocol.require_comparable(Protocol(**{**settings, "chunk_size": 2}, block_tokens=256, decoding="drawn"))
+    with pytest.raises(UsageError, match="boundary_every is 4 on one side and 1"):
+        protocol.require_comparable(Protocol(**settings, block_tokens=256, decoding="argmax", boundary_every=1))
+    with pytest.raises(UsageError, match="4, got 2 orders"):
+        brier_intervals(block_sums(np.zeros((3, 4, 2))))
     with pytest.raises(UsageError, match="multiple of chunk_size"):
         Protocol(**settings, block_tokens=255, decoding="argmax")

@@ -16,10 +16,12 @@ from calm.heads.energy import EnergyHeadConfig
 from calm.metrics.brier_lm import TextProtocol, brier_argmax, brier_drawn
 from calm.models.latent_lm import LatentLMConfig
 from calm.models.ngram import exact_brier, fit_ngrams
+from calm.models.predictor import NextVector
 from calm.nn.backbone import BackboneConfig
 from calm.report.scores import BrierReport, compare
 from calm.rng import stream
-from calm.train.evaluate import evaluate_autoencoder, evaluate_latent_lm, evaluate_ngrams, score_ngram
+from calm.train.brier import evaluate_predictor
+from calm.train.evaluate import evaluate_autoencoder, evaluate_ngrams, score_ngram
 
 VOCABULARY, CHUNK, SAMPLES = 11, 4, 3
 KEY = jax.random.key(7)
@@ -51,6 +53,10 @@ def build(chunk_size: int = CHUNK, fresh: bool = False):
     return autoencoder, lm
 
 
+def evaluate(models, *arguments, **options):
+    return evaluate_predictor(NextVector(*models), *arguments, **options)
+
+
 @pytest.fixture(scope="module")
 def models():
     return build()
@@ -69,9 +75,7 @@ def latents_by_hand(lm, row, position):
 @pytest.mark.parametrize("decoding", ["argmax", "drawn"])
 def test_scores_are_those_of_each_position_given_its_past(models, decoding):
     autoencoder, lm = models
-    report = evaluate_latent_lm(
-        autoencoder, lm, BLOCKS, DOCUMENT, KEY, num_samples=SAMPLES, decoding=decoding, batch_size=2, text=TEXT
-    )
+    report = evaluate(models, BLOCKS, DOCUMENT, KEY, num_samples=SAMPLES, decoding=decoding, batch_size=2, text=TEXT)
     chunks = jnp.asarray(BLOCKS[4].reshape(-1, CHUNK), jnp.int32)
     logits = jnp.stack([autoencoder.logits(latents_by_hand(lm, 4, position)) for position in range(4)], 1)
     by_hand = brier_argmax(logits.argmax(-1), chunks[1:]) if decoding == "argmax" else brier_drawn(logits, chunks[1:])
@@ -81,28 +85,20 @@ def test_scores_are_those_of_each_position_given_its_past(models, decoding):
 
 
 def test_the_batch_size_does_not_move_a_score(models):
-    whole, single = (
-        evaluate_latent_lm(*models, BLOCKS, DOCUMENT, KEY, num_samples=SAMPLES, batch_size=size) for size in (5, 2)
-    )
+    whole, single = (evaluate(models, BLOCKS, DOCUMENT, KEY, num_samples=SAMPLES, batch_size=size) for size in (5, 2))
     np.testing.assert_allclose(whole.scores.total, single.scores.total, atol=1e-5)
     np.testing.assert_allclose(whole.energy.total, single.energy.total, rtol=1e-4)
     assert whole.tokens_per_second > 0
 
 
 def test_a_fresh_model_reads_zero():
-    report = evaluate_latent_lm(*build(fresh=True), BLOCKS, DOCUMENT, KEY)
+    report = evaluate(build(fresh=True), BLOCKS, DOCUMENT, KEY)
     assert report.brier_lm.estimate == 0
     assert report.brier_n[3].estimate == pytest.approx(-100)
 
 
-def test_two_token_chunks_have_no_brier_lm_and_say_so():
-    report = evaluate_latent_lm(*build(chunk_size=2), BLOCKS, DOCUMENT, KEY, with_energy=False)
-    assert len(report.brier_n) == 2 and report.brier_lm is None and report.energy_loss is None
-    assert "K=2 gives Brier-1..2 only" in report.table() and report.to_dict()["note"] == report.note
-
-
 def test_reports_survive_the_disk_and_are_compared_block_by_block(models, tmp_path):
-    one = evaluate_latent_lm(*models, BLOCKS, DOCUMENT, KEY, num_samples=SAMPLES, batch_size=2, text=TEXT, name="one")
+    one = evaluate(models, BLOCKS, DOCUMENT, KEY, num_samples=SAMPLES, batch_size=2, text=TEXT, name="one")
     one.save(tmp_path / "scores.json")
     two = dataclasses.replace(BrierReport.load(tmp_path / "scores.json"), name="two")
     np.testing.assert_array_equal(one.scores.total, two.scores.total)
@@ -159,7 +155,7 @@ def test_noise_that_drowns_the_latent_makes_accuracy_chance():
 
 
 def test_scalars_for_the_training_log_are_the_estimates(models):
-    report = evaluate_latent_lm(*models, BLOCKS, DOCUMENT, KEY, num_samples=SAMPLES, batch_size=2)
+    report = evaluate(models, BLOCKS, DOCUMENT, KEY, num_samples=SAMPLES, batch_size=2)
     scalars = report.scalars()
     assert scalars["brier_1"] == pytest.approx(report.brier_n[0].estimate)
     assert scalars["brier_lm"] == pytest.approx(report.brier_lm.estimate)
@@ -171,11 +167,11 @@ def test_scalars_for_the_training_log_are_the_estimates(models):
 
 def test_bad_input_is_named(models):
     with pytest.raises(UsageError, match="whole number of them"):
-        evaluate_latent_lm(*models, BLOCKS[:, :18], DOCUMENT, KEY)
+        evaluate(models, BLOCKS[:, :18], DOCUMENT, KEY)
     with pytest.raises(UsageError, match="5 blocks, 4 entries"):
-        evaluate_latent_lm(*models, BLOCKS, DOCUMENT[:4], KEY)
+        evaluate(models, BLOCKS, DOCUMENT[:4], KEY)
     with pytest.raises(UsageError, match="at least 2"):
-        evaluate_latent_lm(*models, BLOCKS, DOCUMENT, KEY, num_samples=1)
+        evaluate(models, BLOCKS, DOCUMENT, KEY, num_samples=1)
     with pytest.raises(UsageError, match="blocks of 40 tokens"):
         evaluate_autoencoder(models[0], BLOCKS, DOCUMENT, KEY, text=dataclasses.replace(TEXT, block_tokens=40))
     unigram = fit_ngrams(ArraySplit(np.arange(5)), VOCABULARY)[0]

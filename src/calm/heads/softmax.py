@@ -1,6 +1,7 @@
 """The softmax head: hidden state to a distribution over the vocabulary, which can be drawn from and scored exactly."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -101,8 +102,8 @@ def nats_and_match(
     return both[:, 0].reshape(targets.shape), both[:, 1].reshape(targets.shape)
 
 
-def by_row_blocks(function: Callable[..., Array], *rows: Array) -> Array:
-    """`function(*rows)`, for so many rows at a time that their logits stay in cache."""
+def by_row_blocks(function: Callable[..., Any], *rows: Array) -> Any:
+    """`function(*rows)`, an array or a tuple of them, for so many rows at a time that their logits stay in cache."""
     count = rows[0].shape[0]
     if count <= ARGMAX_ROWS:
         return function(*rows)
@@ -113,4 +114,4 @@ def by_row_blocks(function: Callable[..., Array], *rows: Array) -> Array:
         return padded.reshape(blocks, ARGMAX_ROWS, *x.shape[1:])
 
     results = jax.lax.map(lambda block: function(*block), tuple(map(split, rows)))
-    return results.reshape(-1, *results.shape[2:])[:count]
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:count], results)

@@ -5,18 +5,18 @@ Q, where it is sum_x Q(x)^2. It needs no likelihood: with samples x_1 .. x_S of 
 
     (2/S) sum_s 1{x_s = y}  -  1/(S(S-1)) sum_{s != t} 1{x_s = x_t}
 
-is unbiased (a U-statistic: it uses every sample and every pair). Brier-n takes the n tokens that follow a chunk
-boundary as one outcome, n = 1..4, and BrierLM is 100 times the geometric mean of the four, each mean floored at 0
-first.
+is unbiased (a U-statistic: it uses every sample and every pair). Brier-n takes the n tokens that follow a boundary as one
+outcome, n = 1..4, and BrierLM is 100 times the geometric mean of the four, each mean floored at 0 first. A chunk of K < n
+tokens is not the whole outcome: then every sample reads what it wrote and goes on, as in generation.
 
 Source: CALM, arXiv:2510.27688, section on BrierLM. Differs: all S samples are used, not two; each order is floored,
 where the published code clamps only the product, so that a collapsed model (every Brier-n = -1) reads 0 here and 100
-there; and tokens may also be drawn from the decoder's softmax, scored by exact inner products. `published_two_sample`
-is the published estimate.
+there; for K < 4 each sample continues along itself, not along the first one; and tokens may also be drawn from the decoder's
+softmax, scored by exact inner products. `published_two_sample` is the published estimate.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -52,6 +52,10 @@ class TextProtocol:
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
+    def _decisive(self) -> tuple[str, ...]:
+        """The fields that two scores must share. K is not among them: it belongs to the model."""
+        return ("sha256", "split", "tokenizer", "block_tokens")
+
     def line(self) -> str:
         """One line to stand under a table."""
         return (
@@ -61,7 +65,7 @@ class TextProtocol:
 
     def require_comparable(self, other: "TextProtocol") -> None:
         """Raises UsageError, naming the field, if the two scores are not of the same text, tokens and positions."""
-        for name in ("sha256", "split", "tokenizer", "block_tokens", "chunk_size"):
+        for name in self._decisive():
             mine, theirs = getattr(self, name), getattr(other, name)
             if mine != theirs:
                 raise UsageError(f"scores are not comparable: {name} is {mine} on one side and {theirs} on the other")
@@ -72,12 +76,15 @@ class Protocol(TextProtocol):
     """What a score depends on besides the model. Scores of different protocols are not comparable: block size alone
     moves BrierLM by about 30 %.
 
-    `decoding`: tokens of a latent are the decoder's "argmax" or "drawn" from its softmax; "exact" is a closed form of a
-    model with known probabilities, which has no samples (`num_samples` 0).
+    `decoding`: tokens of a latent are the decoder's "argmax" or "drawn" from its softmax, as those of a token model always are;
+    "exact" is a closed form of a model with known probabilities, which has no samples (`num_samples` 0). `boundary_every`: a
+    boundary every how many tokens. 4 is a grid that chunks of 1, 2 and 4 tokens share (and 8, in two phases); 1 makes every
+    token a boundary, over all phases of the chunks.
     """
 
     num_samples: int
     decoding: Decoding
+    boundary_every: int = 4
 
     def __post_init__(self):
         super().__post_init__()
@@ -85,11 +92,17 @@ class Protocol(TextProtocol):
             raise UsageError(f"decoding must be argmax, drawn or exact, got {self.decoding!r}")
         if self.decoding != "exact":
             _check_samples(self.num_samples)
+        if self.boundary_every < 1:
+            raise UsageError(f"boundary_every must be at least 1, got {self.boundary_every}")
+
+    def _decisive(self) -> tuple[str, ...]:
+        return (*super()._decisive(), "boundary_every")
 
     def line(self) -> str:
         """One line to stand under a table."""
         samples = "closed form" if self.decoding == "exact" else f"S={self.num_samples}, {self.decoding} decoding"
-        return f"{super().line()}, {samples}"
+        grid = "every token a boundary" if self.boundary_every == 1 else f"a boundary every {self.boundary_every} tokens"
+        return f"{super().line()}, {grid}, {samples}"
 
 
 def _prefix_and(matches: Bool[Array, "*b K"]) -> Bool[Array, "*b K"]:
@@ -123,35 +136,61 @@ def brier_argmax(tokens: Int[Array, "S *b K"], targets: Int[Array, "*b K"]) -> F
     return (2 / num_samples) * hits - (pairs - num_samples) / (num_samples * (num_samples - 1))
 
 
-def brier_drawn(logits: Float[Array, "S *b K V"], targets: Int[Array, "*b K"]) -> Float[Array, "*b O"]:
+class Before(NamedTuple):
+    """The P tokens between the boundary and a later chunk: those that each sample wrote, and those of the text."""
+
+    tokens: Int[Array, "S *b P"]
+    targets: Int[Array, "*b P"]
+
+
+def brier_drawn(
+    logits: Float[Array, "S *b K V"], targets: Int[Array, "*b K"], before: Before | None = None
+) -> Float[Array, "*b O"]:
     """Brier-1..O at every position when tokens are drawn from the decoder's softmax: the expectation over those
     draws, exactly.
 
     Given its latent, sample s has the law prod_k p_{s,k}. So 1{x_s = y} becomes prod_k p_{s,k}(y_k) and 1{x_s = x_t}
     becomes prod_k <p_{s,k}, p_{t,k}>: less variance than drawing tokens, and equal to `brier_argmax` when the softmax
-    is peaked.
+    is peaked. With `before`, the chunk is a later one of what was rolled out: the scores are those of orders P + 1 .. P + O, in
+    which the P tokens before must match, and nothing is drawn in the last chunk alone.
     """
     _check_samples(logits.shape[0])
     rows = jnp.moveaxis(logits, 0, -3).reshape(-1, logits.shape[0], *logits.shape[-2:])
-    return _brier_drawn_rows(rows, targets.reshape(-1, targets.shape[-1])).reshape(*targets.shape[:-1], -1)
+    flat = targets.reshape(-1, targets.shape[-1])
+    return _brier_drawn_rows(rows, flat, *_as_rows(before, logits.shape[0], len(flat))).reshape(*targets.shape[:-1], -1)
 
 
-def _brier_drawn_rows(logits: Float[Array, "R S K V"], targets: Int[Array, "R K"]) -> Float[Array, "R O"]:
+def _as_rows(before: Before | None, num_samples: int, rows: int) -> tuple[Int[Array, "R S P"], Int[Array, "R P"]]:
+    """Positions first, as rows; no tokens, which always match, where there are none before."""
+    if before is None:
+        return jnp.zeros((rows, num_samples, 0), jnp.int32), jnp.zeros((rows, 0), jnp.int32)
+    width = before.targets.shape[-1]
+    return jnp.moveaxis(before.tokens, 0, -2).reshape(rows, num_samples, width), before.targets.reshape(rows, width)
+
+
+def _brier_drawn_rows(
+    logits: Float[Array, "R S K V"],
+    targets: Int[Array, "R K"],
+    before: Int[Array, "R S P"],
+    before_targets: Int[Array, "R P"],
+) -> Float[Array, "R O"]:
     num_rows, num_samples, chunk_size, vocab_size = logits.shape
-    orders = min(chunk_size, ORDERS)
+    orders = min(chunk_size, ORDERS - before.shape[-1])
     logits, targets = logits[:, :, :orders].astype(jnp.float32), targets[:, :orders]
     top = logits.max(-1, keepdims=True)
     unscaled = jnp.exp(logits - top)
     total = unscaled.sum(-1)
     chosen = jnp.take_along_axis(logits - top, targets[:, None, :, None], axis=-1)[..., 0]
-    hits = jnp.cumprod(jnp.exp(chosen) / total, axis=-1).sum(1)
+    hit_so_far = (before == before_targets[:, None]).all(-1)
+    hits = (hit_so_far[..., None] * jnp.cumprod(jnp.exp(chosen) / total, axis=-1)).sum(1)
     # One product of [S*K V] with itself and its diagonal in K: K times the work, but no copy of the logits to bring S
     # and V together, which costs more.
     flat = unscaled.reshape(num_rows, num_samples * orders, vocab_size)
     products = jnp.einsum("riv,rjv->rij", flat, flat).reshape(num_rows, num_samples, orders, num_samples, orders)
     inner = jnp.diagonal(products, axis1=2, axis2=4) / (total[:, :, None] * total[:, None])
-    others = (1 - jnp.eye(num_samples))[:, :, None]
-    pairs = (jnp.cumprod(inner, axis=-1) * others).sum((1, 2))
+    equal_so_far = (before[:, :, None] == before[:, None]).all(-1)
+    others = (1 - jnp.eye(num_samples)) * equal_so_far
+    pairs = (jnp.cumprod(inner, axis=-1) * others[..., None]).sum((1, 2))
     return (2 / num_samples) * hits - pairs / (num_samples * (num_samples - 1))
 
 
@@ -159,10 +198,11 @@ def brier_drawn_from_latents(
     logits_of: Callable[[Float[Array, "R S Z"]], Float[Array, "R S K V"]],
     latents: Float[Array, "S *b Z"],
     targets: Int[Array, "*b K"],
+    before: Before | None = None,
     *,
     max_floats: int | None = None,
 ) -> Float[Array, "*b O"]:
-    """`brier_drawn(logits_of(latents), targets)`, a few positions at a time: about `max_floats` logits exist at once.
+    """`brier_drawn(logits_of(latents), targets, before)`, a few positions at a time: about `max_floats` logits exist at once.
 
     By default 2^20 on CPU, where pieces that stay in cache are 8 times faster than pieces of 2^24, and 2^26 elsewhere.
     `logits_of` maps latents of any leading shape; here it gets positions first, then samples.
@@ -176,11 +216,26 @@ def brier_drawn_from_latents(
     if max_floats is None:
         max_floats = 2**20 if jax.default_backend() == "cpu" else 2**26
     step = min(rows, max(1, max_floats // size))
-    padding = -rows % step
-    flat = jnp.pad(flat, ((0, padding), (0, 0), (0, 0))).reshape(-1, step, num_samples, width)
-    wanted = jnp.pad(wanted, ((0, padding), (0, 0))).reshape(-1, step, chunk_size)
-    scores = jax.lax.map(lambda pair: _brier_drawn_rows(logits_of(pair[0]), pair[1]), (flat, wanted))
-    return scores.reshape(rows + padding, -1)[:rows].reshape(*lead, -1)
+    pieces_needed = -(-rows // step)
+
+    def in_pieces(x: Array) -> Array:
+        padding = ((0, pieces_needed * step - rows), *(((0, 0),) * (x.ndim - 1)))
+        return jnp.pad(x, padding).reshape(pieces_needed, step, *x.shape[1:])
+
+    pieces = tuple(map(in_pieces, (flat, wanted, *_as_rows(before, num_samples, rows))))
+    scores = jax.lax.map(lambda piece: _brier_drawn_rows(logits_of(piece[0]), *piece[1:]), pieces)
+    return scores.reshape(-1, scores.shape[-1])[:rows].reshape(*lead, -1)
+
+
+def brier_known(log_probs: Float[Array, "*b O"], self_match: Float[Array, "S *b O"]) -> Float[Array, "*b O"]:
+    """Brier-1..O of a model with probabilities: 2 P(y) - sum P^2, the first part exactly.
+
+    `log_probs` are those of the text's own tokens, each given those before it. sum P^2 = sum_x1 p(x1)^2 sum_x2 p(x2 | x1)^2 ...
+    is an expectation over tokens drawn from the squared law q = p^2 / Z, Z = sum p^2, of the product of the Z: `self_match`
+    holds Z at the boundary and along S such continuations. Brier-1 is exact, and what is left in the others is how Z differs
+    between continuations; drawing from p itself and counting equal samples would have to meet the same n-gram twice.
+    """
+    return 2 * jnp.exp(jnp.cumsum(log_probs, axis=-1)) - jnp.cumprod(self_match, axis=-1).mean(0)
 
 
 class PublishedBrier(NamedTuple):
@@ -208,44 +263,41 @@ def brier_lm(means: Shaped[np.ndarray, "*draws F"]) -> np.ndarray:
     """100 (prod_n max(Brier-n, 0))^(1/4) of mean Brier-1..4, `[*draws]`. Floored before the product, order by order.
 
     Raises:
-        UsageError: fewer than four orders, that is K < 4.
+        UsageError: not four orders.
     """
     if means.shape[-1] != ORDERS:
-        raise UsageError(
-            f"BrierLM needs Brier-1..{ORDERS}, got {means.shape[-1]} orders (chunks of fewer than {ORDERS} tokens)"
-        )
+        raise UsageError(f"BrierLM needs Brier-1..{ORDERS}, got {means.shape[-1]} orders")
     return np.asarray(100 * np.prod(np.maximum(means, 0), axis=-1) ** (1 / ORDERS))
 
 
-def _statistics(orders: int) -> list[Statistic]:
-    each: list[Statistic] = [lambda means, n=n: 100 * means[..., n] for n in range(orders)]
-    return [*each, brier_lm] if orders == ORDERS else each
-
-
 class BrierIntervals(NamedTuple):
-    """Brier-1..O times 100 and BrierLM with their intervals; BrierLM is None for K < 4."""
+    """Brier-1..4 times 100 and BrierLM, with their intervals."""
 
     brier_n: list[Interval]
-    brier_lm: Interval | None
+    brier_lm: Interval
 
 
-def _split(intervals: Sequence[Interval], orders: int) -> BrierIntervals:
-    return BrierIntervals(list(intervals[:orders]), intervals[orders] if orders == ORDERS else None)
+_STATISTICS: list[Statistic] = [*(lambda means, n=n: 100 * means[..., n] for n in range(ORDERS)), brier_lm]
+
+
+def _checked_orders(sums: BlockSums) -> BlockSums:
+    if sums.total.shape[1] != ORDERS:
+        raise UsageError(f"BrierLM needs Brier-1..{ORDERS}, got {sums.total.shape[1]} orders: evaluate again")
+    return sums
 
 
 def brier_intervals(sums: BlockSums, *, draws: int = 2000, seed: int = 0, level: float = 0.95) -> BrierIntervals:
     """Brier-n (x100, not floored) and BrierLM (floored in every resampling as in the estimate), by bootstrap over
     documents.
     """
-    orders = sums.total.shape[1]
-    return _split(bootstrap(sums, _statistics(orders), draws=draws, seed=seed, level=level), orders)
+    *each, composite = bootstrap(_checked_orders(sums), _STATISTICS, draws=draws, seed=seed, level=level)
+    return BrierIntervals(each, composite)
 
 
 def compare_brier(
     first: BlockSums, second: BlockSums, *, draws: int = 2000, seed: int = 0, level: float = 0.95
 ) -> BrierIntervals:
     """first - second by paired bootstrap on the same blocks. "Above" means that the interval excludes 0."""
-    orders = first.total.shape[1]
-    if second.total.shape[1] != orders:
-        raise UsageError(f"a paired comparison needs the same orders, got {orders} and {second.total.shape[1]}")
-    return _split(paired_bootstrap(first, second, _statistics(orders), draws=draws, seed=seed, level=level), orders)
+    pair = _checked_orders(first), _checked_orders(second)
+    *each, composite = paired_bootstrap(*pair, _STATISTICS, draws=draws, seed=seed, level=level)
+    return BrierIntervals(each, composite)

@@ -67,8 +67,8 @@ class BackboneState(NamedTuple):
         """`num_branches` continuations of the sequence that was read, from behind its first `ends[a]` positions each.
 
         The result goes where the state went. A block `[B A*num_branches D]`, the branches of one end beside each other, is then
-        the next position of every branch; `capacity` of them can be read. A branch computes what a copy of the state, rewound to
-        its end, would compute reading it position by position, at the memory of one trunk. Shared-prefix attention as in
+        the next position of every branch; `capacity` of them can be read. A branch computes what a copy of the state, rewound
+        to its end, would compute step by step, at the memory of one trunk. Shared-prefix attention as in
         Hydragen (Juravsky et al. 2024, arXiv:2402.05099); here the prefixes are all those of one sequence.
         """
         if isinstance(self.window, Fork) or not isinstance(self.layers, AttentionState):

@@ -9,7 +9,8 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from calm.errors import UsageError
-from calm.report.scores import AutoencoderReport, BrierReport
+from calm.metrics.brier_lm import ORDERS
+from calm.report.scores import BRIER_N, AutoencoderReport, BrierReport
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -103,34 +104,29 @@ def training_curves(runs: Mapping[str, Path] | Path, out: Path, *, names: Sequen
 
 
 def brier_bars(reports: Sequence[BrierReport], out: Path) -> None:
-    """Brier-1..O on a shared logarithmic-like scale, and BrierLM beside them: one bar a model, whiskers are the
+    """Brier-1..4 on a shared logarithmic-like scale, and BrierLM beside them: one bar a model, whiskers are the
     intervals.
     """
-    orders = max(len(report.brier_n) for report in reports)
-    with_score = any(report.brier_lm for report in reports)
-    figure = _figure(7.6 if with_score else 5.6, 3.2)
-    panels = figure.subplots(1, 2, width_ratios=(orders, 1.4), squeeze=False)[0] if with_score else [figure.subplots()]
+    figure = _figure(7.6, 3.2)
+    panels = figure.subplots(1, 2, width_ratios=(ORDERS, 1.4))
     width = 0.8 / len(reports)
     for index, (report, colour) in enumerate(zip(reports, itertools.cycle(COLOURS), strict=False)):
-        groups = [list(enumerate(report.brier_n))]
-        if with_score:
-            groups.append([(0, report.brier_lm)] if report.brier_lm else [])
+        groups = [list(enumerate(report.brier_n)), [(0, report.brier_lm)]]
         for axes, group in zip(panels, groups, strict=True):
             places = [place + (index - (len(reports) - 1) / 2) * width for place, _ in group]
             values = [interval.estimate for _, interval in group]
             spans = [[max(i.estimate - i.low, 0) for _, i in group], [max(i.high - i.estimate, 0) for _, i in group]]
             axes.bar(places, values, 0.92 * width, color=colour, label=report.name)
             axes.errorbar(places, values, yerr=spans, fmt="none", ecolor="0.25", elinewidth=1, capsize=2)
-    _tidy(panels[0], "Brier-n x 100, n tokens after a chunk boundary", "", "")
-    panels[0].set_xticks(range(orders), [f"Brier-{n + 1}" for n in range(orders)])
+    _tidy(panels[0], "Brier-n x 100, n tokens after a boundary", "", "")
+    panels[0].set_xticks(range(ORDERS), BRIER_N)
     # Orders differ by factors of ten: linear near 0, where scores may be negative, logarithmic above.
     panels[0].set_yscale("symlog", linthresh=1.0)
     panels[0].yaxis.set_major_formatter("{x:g}")
     panels[0].axhline(0, color="0.4", linewidth=0.8)
-    if with_score:
-        _tidy(panels[1], "BrierLM", "", "")
-        panels[1].set_xticks([])
-        panels[1].set_ylim(bottom=0)
+    _tidy(panels[1], "BrierLM", "", "")
+    panels[1].set_xticks([])
+    panels[1].set_ylim(bottom=0)
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8, frameon=False)
     figure.savefig(out)
 

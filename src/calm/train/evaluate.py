@@ -2,8 +2,8 @@
 function.
 
 Blocks `[R T]` come from `calm.text.batches.evaluation_blocks`. Results keep the sums of every block, so that two models can be
-compared on the same blocks (`calm.report.scores.compare`). Here: autoencoders, and models whose Brier-n is known in closed form,
-at the boundaries of `calm.train.boundaries`; models that are sampled are in `calm.train.brier`.
+compared on the same blocks (`calm.report.scores.compare`). Here: autoencoders, and models whose Brier-n is known in closed
+form, at the boundaries of `calm.train.boundaries`; models that are sampled are in `calm.train.brier`.
 """
 
 import time

@@ -10,7 +10,7 @@ registry    a world from its name, as in `calm data prepare --source world:NAME`
 from calm.worlds.grammar import GrammarWorld, Rule, compile_grammar
 from calm.worlds.key_value import KeyValueWorld
 from calm.worlds.machine import MachineWorld, MarkovWorld
-from calm.worlds.registry import WORLDS, build_world
+from calm.worlds.registry import WORLDS, build_world, world_of
 from calm.worlds.world import Chain, NgramTable, World, tempered
 
 __all__ = [
@@ -26,4 +26,5 @@ __all__ = [
     "build_world",
     "compile_grammar",
     "tempered",
+    "world_of",
 ]

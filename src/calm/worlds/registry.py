@@ -12,6 +12,9 @@ from calm.worlds.world import World
 
 WORLDS: dict[str, Callable[..., World]] = {"markov": MarkovWorld, "grammar": GrammarWorld, "key-value": KeyValueWorld}
 
+TEXT_SETTINGS = ("tokens", "draw")
+"""what a source says about its text and not about the language"""
+
 
 def split_spec(spec: str) -> tuple[str, dict[str, str]]:
     """ "markov:words=128,seed=3" -> ("markov", {"words": "128", "seed": "3"}). Raises UsageError for anything else."""
@@ -22,6 +25,14 @@ def split_spec(spec: str) -> tuple[str, dict[str, str]]:
     if not all(key and sign and value for key, sign, value in pairs):
         raise UsageError(f"world {spec}: settings are written as {name}:KEY=VALUE,KEY=VALUE")
     return name, {key: value for key, _, value in pairs}
+
+
+def world_of(source: str) -> World | None:
+    """The language of a source such as "world:markov:words=128,tokens=5M"; None for a source of another kind."""
+    if not source.startswith("world:"):
+        return None
+    name, settings = split_spec(source.removeprefix("world:"))
+    return build_world(name, **{key: value for key, value in settings.items() if key not in TEXT_SETTINGS})
 
 
 def build_world(name: str, **settings: str | int | float) -> World:
