@@ -15,7 +15,8 @@ PACKAGE = ROOT / "src" / "calm"
 # fmt: off
 LAYERS = (
     "errors", "shapes", "rng", "config", "posterior", "worlds", "text", "nn", "losses", "metrics", "report", "autoencoder",
-    "heads", "models", "sampling", "train", "interp", "ttt", "interop", "stages", "token_stage", "bundle", "examine", "writing",
+    "heads", "models", "sampling", "train", "interp", "ttt", "interop",
+    "starting_point", "stages", "token_stage", "bundle", "examine", "writing",
     "presets", "pipeline", "experiments", "cli",
 )
 # fmt: on

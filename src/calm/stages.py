@@ -19,16 +19,21 @@ from calm.models.token_lm import TokenLMConfig
 from calm.nn.dense import Precision
 from calm.rng import row_keys, stream
 from calm.sampling import BatchTemperature, PlainSampler, Sampler, generate
+from calm.starting_point import StartingPoint, open_exported, readable
 from calm.text.batches import Batches, evaluation_blocks
+from calm.text.prompted import PromptedBatches
 from calm.text.shards import Data, open_data
 from calm.text.tokenizer import Tokenizer, load_tokenizer, require_same_tokenizer
+from calm.train.brier import evaluate_predictor
 from calm.train.checkpoint import load_parameters
-from calm.train.evaluate import evaluate_autoencoder, evaluate_latent_lm, text_protocol
+from calm.train.evaluate import evaluate_autoencoder, text_protocol
 from calm.train.loop import TrainResult, train
 from calm.train.mesh import initialize_distributed
 from calm.train.objective import AutoencoderLossConfig, AutoencoderObjective, LatentLossConfig, LatentObjective
 from calm.train.run_folder import RunFolder, best_step
 from calm.train.settings import TrainConfig, settle_precision
+from calm.train.token_objective import TokenObjective
+from calm.train.validate import validator
 
 AUTOENCODER: Literal["autoencoder"] = "autoencoder"
 LM: Literal["latent_lm"] = "latent_lm"
@@ -98,15 +103,32 @@ def train_autoencoder(run: AutoencoderRun, out: str | Path, resume: str = "auto"
     return {"run": str(out), "step": result.step, **result.metrics}
 
 
-def train_lm(run: LatentLMRun, out: str | Path, resume: str = "auto", *, quiet: bool = False) -> dict[str, Any]:
-    """Trains stage 2 into the run folder `out`, which also keeps a copy of the frozen autoencoder. Returns its scores."""
+def train_lm(
+    run: LatentLMRun, out: str | Path, resume: str = "auto", *, init_from: str = "", quiet: bool = False
+) -> dict[str, Any]:
+    """Trains stage 2 into the run folder `out`, which also keeps a copy of the frozen autoencoder. Returns its scores.
+
+    `init_from` is a run, or an exported folder, whose weights it begins with; its model and its autoencoder are then used.
+    """
     initialize_distributed()
     data = open_named(run.data, "data")
-    if not run.autoencoder:
-        raise UsageError("autoencoder: name the run folder of a trained autoencoder (`calm train autoencoder` makes one)")
+    if bool(run.autoencoder) == bool(init_from):
+        raise UsageError(
+            f"init-from {init_from}: brings its own autoencoder; leave autoencoder={run.autoencoder} out"
+            if init_from
+            else "autoencoder: name the run folder of a trained autoencoder (`calm train autoencoder` makes one)"
+        )
     precision, rates = settle_precision(run.train.precision, out)
-    goes_on = any((Path(out) / "checkpoints").glob("*"))  # then with the autoencoder that it began with
-    autoencoder, tokenizer = load_autoencoder(out if goes_on else run.autoencoder, precision)
+    goes_on = holds_run(out)  # then with the autoencoder that it began with
+    start = starting_point(init_from, precision) if init_from else None
+    if start is not None:
+        start.require_tokenizer_of(data)
+        run = dataclasses.replace(run, model=start.model(run.model))
+    if start is not None and not goes_on:
+        assert start.autoencoder is not None
+        autoencoder, tokenizer = start.autoencoder, start.tokenizer
+    else:
+        autoencoder, tokenizer = load_autoencoder(out if goes_on else run.autoencoder, precision)
     if tokenizer is not None:
         require_same_tokenizer(data.tokenizer.fingerprint, tokenizer.fingerprint, f"autoencoder {run.autoencoder}")
     sizes = {name: getattr(autoencoder.config, name) for name in ("vocab_size", "chunk_size", "latent_dim")}
@@ -116,9 +138,12 @@ def train_lm(run: LatentLMRun, out: str | Path, resume: str = "auto", *, quiet: 
     blocks, documents = validation_blocks(data, run.train.num_tokens, "valid", MAX_VALIDATION_TOKENS)
     text = validation_protocol(run, data)
 
+    validate = validator(objective, counted_blocks(data, run, blocks), evaluation_key(run), run.train.steps)
+
     def evaluate(params: Any, step: int) -> dict[str, float]:
-        module = objective.module(params)
-        return evaluate_latent_lm(autoencoder, module, blocks, documents, evaluation_key(run), text=text).scalars()
+        predictor = NextVector(autoencoder, objective.module(params))
+        options: dict[str, Any] = dict(begin_id=data.tokenizer.begin_id, decoding=predictor.decoding, text=text)
+        return validate(params) | evaluate_predictor(predictor, blocks, documents, evaluation_key(run), **options).scalars()
 
     def sample(params: Any, step: int) -> str:
         at_half = BatchTemperature(num_candidates=100)
@@ -129,7 +154,8 @@ def train_lm(run: LatentLMRun, out: str | Path, resume: str = "auto", *, quiet: 
         if not goes_on:
             export_autoencoder(autoencoder, Path(out) / AUTOENCODER)
 
-    result = run_training(objective, run, data, out, resume, precision, rates, quiet, attach, evaluate=evaluate, sample=sample)
+    hooks: dict[str, Any] = dict(evaluate=evaluate, sample=sample, start=start)
+    result = run_training(objective, run, data, out, resume, precision, rates, quiet, attach, **hooks)
     return {"run": str(out), "step": result.step, **result.metrics}
 
 
@@ -196,23 +222,18 @@ def run_training(
     *,
     evaluate: Callable[[Any, int], dict[str, float]],
     sample: Callable[[Any, int], str] | None = None,
+    start: StartingPoint | None = None,
 ) -> TrainResult:
-    chunk_size = run.model.chunk_size
-    _chunks(run.train.num_tokens, chunk_size)
-    batches = Batches(
-        data.split("train"),
-        batch_size=run.train.batch_size,
-        num_tokens=run.train.num_tokens,
-        chunk_size=chunk_size,
-        begin_id=data.tokenizer.begin_id,
-        seed=run.train.seed,
-        host_index=jax.process_index(),
-        host_count=jax.process_count(),
-    )
+    _chunks(run.train.num_tokens, run.model.chunk_size)
+    train_split, hosts = data.split("train"), dict(host_index=jax.process_index(), host_count=jax.process_count())
+    # An autoencoder codes every chunk; a language model is asked for responses alone.
+    kind = PromptedBatches if train_split.has_prompts and not isinstance(run, AutoencoderRun) else Batches
+    batches = kind(train_split, **_layout(data, run), **hosts)
     facts = {
         "tokenizer": data.tokenizer.fingerprint,
         "data": {"source": data.manifest.source, "splits": {k: v["tokens"] for k, v in data.manifest.splits.items()}},
         "parameters": run.model.parameters(),
+        "init_from": None if start is None else start.where,
         "flops": {
             "per_token": objective.flops_per_token(),
             "tokens": run.train.steps * run.train.batch_size * run.train.num_tokens,
@@ -232,6 +253,7 @@ def run_training(
         precision=precision,
         rates=rates,
         facts=facts,
+        initial=None if start is None or holds_run(out) else start.initial(objective, run.train.seed),
         quiet=quiet,
     )
 
@@ -247,6 +269,54 @@ def _flops_before(run: Run, out: str | Path) -> float:
     return 0.0 if stage_1 is None else float(stage_1["per_token"] * stage_1["tokens"])
 
 
+def counted_blocks(data: Data, run: LatentLMRun | TokenLMRun, blocks: np.ndarray) -> np.ndarray:
+    """What the objective is validated on: `blocks`; of prompts and responses, rows as in training, in which responses count."""
+    valid = data.split("valid")
+    if not valid.has_prompts:
+        return blocks
+    return PromptedBatches(valid, **_layout(data, run)).in_order(len(blocks))
+
+
+def _layout(data: Data, run: Run) -> dict[str, int]:
+    return dict(
+        batch_size=run.train.batch_size,
+        num_tokens=run.train.num_tokens,
+        chunk_size=run.model.chunk_size,
+        begin_id=data.tokenizer.begin_id,
+        seed=run.train.seed,
+    )
+
+
+def holds_run(out: str | Path) -> bool:
+    """Whether a run folder has checkpoints to go on from."""
+    return any((Path(out) / "checkpoints").glob("*"))
+
+
+def starting_point(folder: str | Path, precision: Precision = "float32") -> StartingPoint:
+    """The trained language model of a run (its best checkpoint) or of an exported folder, to begin from.
+
+    Raises:
+        UsageError: no such model, or files that are damaged, cut short or do not fit each other.
+    """
+    folder = Path(folder)
+    if (folder / "config.json").is_file():
+        return open_exported(folder, precision)
+    if not folder.is_dir():
+        raise UsageError(f"init-from {folder}: no such folder; name a run or an exported model")
+    run, autoencoder = load_run_config(folder), None
+    if isinstance(run, AutoencoderRun):
+        raise UsageError(f"init-from {folder}: holds an autoencoder, not a language model")
+    context = _chunks(run.train.num_tokens, run.model.chunk_size)
+    if isinstance(run, LatentLMRun):
+        autoencoder = load_exported_autoencoder(folder / AUTOENCODER, precision)
+        objective: Any = LatentObjective(run.model, run.loss, autoencoder, context=context, precision=precision)
+    else:
+        objective = TokenObjective(run.model, context=context, precision=precision)
+    with readable(folder):
+        params = best_parameters(folder, objective)
+    return StartingPoint(str(folder), run.model, params, autoencoder, tokenizer_of(folder))
+
+
 def samples(predictor: Predictor, data: Data, num_tokens: int, at_half: Sampler) -> str:
     """Continuations of the first tokens of three validation documents at T = 1 and, by `at_half`, T = 1/2, with seed 0."""
     tokenizer, valid = data.tokenizer, data.split("valid")
@@ -255,7 +325,8 @@ def samples(predictor: Predictor, data: Data, num_tokens: int, at_half: Sampler)
     parts = []
     for name, sampler in (("T=1", PlainSampler()), ("T=1/2", at_half)):
         keys = row_keys(jax.random.key(0), len(prompts))
-        result = generate(predictor, prompts, keys, special=tokenizer, max_tokens=min(64, num_tokens), sampler=sampler)
+        options: dict[str, Any] = dict(special=tokenizer, max_tokens=min(64, num_tokens), decoding=predictor.decoding)
+        result = generate(predictor, prompts, keys, sampler=sampler, **options)
         for prompt, tokens, length in zip(prompts, result.tokens, result.lengths, strict=True):
             parts.append(f"[{name}] {tokenizer.decode(prompt)} >>> {tokenizer.decode(tokens[:length])}")
     return "\n\n".join(parts)

@@ -12,11 +12,14 @@ from calm.stages import (
     MAX_VALIDATION_TOKENS,
     TokenLMRun,
     best_parameters,
+    counted_blocks,
+    evaluation_key,
     filled,
     load_run_config,
     open_named,
     run_training,
     samples,
+    starting_point,
     tokenizer_of,
     validation_blocks,
 )
@@ -25,20 +28,28 @@ from calm.train.mesh import initialize_distributed
 from calm.train.settings import settle_precision
 from calm.train.token_likelihood import token_likelihood
 from calm.train.token_objective import TokenObjective
+from calm.train.validate import validator
 
 
-def train_token_lm(run: TokenLMRun, out: str | Path, resume: str = "auto", *, quiet: bool = False) -> dict[str, Any]:
-    """Trains the token baseline into the run folder `out`. Returns its scores."""
+def train_token_lm(
+    run: TokenLMRun, out: str | Path, resume: str = "auto", *, init_from: str = "", quiet: bool = False
+) -> dict[str, Any]:
+    """Trains the token baseline into the run folder `out`. Returns its scores. `init_from` as for `calm.stages.train_lm`."""
     initialize_distributed()
     data = open_named(run.data, "data")
+    start = starting_point(init_from) if init_from else None
+    if start is not None:
+        start.require_tokenizer_of(data)
+        run = dataclasses.replace(run, model=start.model(run.model))
     run = dataclasses.replace(run, model=filled(run.model, vocab_size=data.tokenizer.vocab_size))
     precision, rates = settle_precision(run.train.precision, out)
     objective = TokenObjective(run.model, context=run.train.num_tokens, precision=precision)
     blocks, documents = validation_blocks(data, run.train.num_tokens, "valid", MAX_VALIDATION_TOKENS)
+    validate = validator(objective, counted_blocks(data, run, blocks), evaluation_key(run), run.train.steps)
 
     def evaluate(params: Any, step: int) -> dict[str, float]:
         nats = token_likelihood(objective.module(params), blocks, documents)
-        return {"nats_per_token": float(nats.means[0])}
+        return validate(params) | {"nats_per_token": float(nats.means[0])}
 
     def sample(params: Any, step: int) -> str:
         return samples(objective.module(params), data, run.train.num_tokens, SoftmaxSampler(temperature=0.5))
@@ -46,7 +57,8 @@ def train_token_lm(run: TokenLMRun, out: str | Path, resume: str = "auto", *, qu
     def attach() -> None:
         data.tokenizer.save(Path(out) / "tokenizer.json")
 
-    result = run_training(objective, run, data, out, resume, precision, rates, quiet, attach, evaluate=evaluate, sample=sample)
+    hooks: dict[str, Any] = dict(evaluate=evaluate, sample=sample, start=start)
+    result = run_training(objective, run, data, out, resume, precision, rates, quiet, attach, **hooks)
     return {"run": str(out), "step": result.step, **result.metrics}
 
 

@@ -40,6 +40,8 @@ class TrainLM:
     """The run folder to write (or to go on with)."""
     resume: str = "auto"
     """auto goes on where the folder stopped; never refuses a folder with a run; also force, a step, or RUN@STEP."""
+    init_from: str = ""
+    """A run, or a folder of calm export or calm import, whose weights and model to begin with (fine-tuning)."""
     settings: Annotated[LatentLMRun, tyro.conf.arg(name="")] = LatentLMRun()
 
     @classmethod
@@ -47,7 +49,7 @@ class TrainLM:
         return presets.get(name).lm
 
     def run(self) -> dict[str, Any]:
-        return train_lm(self.settings, self.out, self.resume)
+        return train_lm(self.settings, self.out, self.resume, init_from=self.init_from)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -60,6 +62,8 @@ class TrainTokenLM:
     """The run folder to write (or to go on with)."""
     resume: str = "auto"
     """auto goes on where the folder stopped; never refuses a folder with a run; also force, a step, or RUN@STEP."""
+    init_from: str = ""
+    """A run, or a folder of calm export or calm import, whose weights and model to begin with (fine-tuning)."""
     settings: Annotated[TokenLMRun, tyro.conf.arg(name="")] = TokenLMRun()
 
     @classmethod
@@ -67,4 +71,4 @@ class TrainTokenLM:
         return presets.get(name).token_lm
 
     def run(self) -> dict[str, Any]:
-        return train_token_lm(self.settings, self.out, self.resume)
+        return train_token_lm(self.settings, self.out, self.resume, init_from=self.init_from)

@@ -60,6 +60,7 @@ def train(
     precision: Precision = "float32",
     rates: MatrixRates | None = None,
     facts: Mapping[str, Any] | None = None,
+    initial: Params | None = None,
     quiet: bool = False,
 ) -> TrainResult:
     """Trains `objective` on `batches` into the run folder `folder`.
@@ -73,6 +74,7 @@ def train(
         trackers: besides those named in `config.trackers`.
         resume: see `Resume`.
         precision, rates: from `settle_precision`; recorded, and the yardstick of the progress line.
+        initial: the parameters to begin with, in place of those of `objective.init`. A run that goes on has its own.
         facts: what else meta.json should say, such as fingerprints of data and tokenizer.
     Raises:
         UsageError, DivergedError, Preempted, CalmError (a full disk): see the module.
@@ -87,7 +89,7 @@ def train(
 
     with jax.set_mesh(mesh), StopRequest() as stop, Progress(config.steps, quiet=quiet or not run.writes) as progress:
         train_step = TrainStep(objective, config.step_config(), mesh, config.mesh)
-        session = Session(train_step, batches, config, run, progress, meter, trackers)
+        session = Session(train_step, batches, config, run, progress, meter, trackers, initial)
         try:
             start, leaves = session.begin(how, config_text, meta)
             if attach and run.writes:

@@ -14,7 +14,7 @@ from calm.errors import DivergedError, UsageError
 from calm.train.checkpoint import Checkpoints
 from calm.train.machine import devices
 from calm.train.progress import Meter, Progress, describe
-from calm.train.protocol import BatchStream, Evaluate, Sample
+from calm.train.protocol import BatchStream, Evaluate, Params, Sample
 from calm.train.run_folder import RunFolder, environment, read_records
 from calm.train.settings import Resume, TrainConfig
 from calm.train.steps import Leaves, TrainStep
@@ -45,10 +45,12 @@ class Session:
         progress: Progress,
         meter: Meter,
         trackers: Sequence[Tracker],
+        initial: Params | None = None,
     ):
         self.step_function, self.batches, self.config, self.run = step, batches, config, run
         self.progress, self.meter = progress, meter
         self.trackers = RunTrackers(run, trackers)
+        self.initial = initial
         self.position = Position()
         self.last_record: dict[str, float] = {}
         self._checkpoints: Checkpoints | None = None
@@ -125,7 +127,8 @@ class Session:
             return start, leaves
         if self.checkpoints.steps:
             raise UsageError(f"{self.run.checkpoints}: none of the checkpoints can be read")
-        return 0, self.step_function.init(jax.random.key(self.config.seed))
+        initial, self.initial = self.initial, None  # kept nowhere else
+        return 0, self.step_function.init(jax.random.key(self.config.seed), initial)
 
     def _load(self, checkpoints: Checkpoints, step: int) -> tuple[int, Leaves]:
         state, loop = checkpoints.restore(step, _parts(self.step_function.abstract))

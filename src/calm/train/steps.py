@@ -90,9 +90,13 @@ class TrainStep:
 
         self._step = jax.jit(update, donate_argnums=0, out_shardings=self._shardings)
 
-    def init(self, key: PRNGKey) -> Leaves:
-        """The state before the first step; parameters are created where they will lie."""
-        return jax.jit(lambda key: tuple(jax.tree.leaves(self._init(key))), out_shardings=self._shardings)(key)
+    def init(self, key: PRNGKey, params: Params | None = None) -> Leaves:
+        """The state before the first step, of `params` or else of fresh ones, which are created where they will lie."""
+
+        def init(key: PRNGKey, params: Params | None) -> Leaves:
+            return tuple(jax.tree.leaves(self._init(key, params)))
+
+        return jax.jit(init, out_shardings=self._shardings)(key, params)
 
     def __call__(self, leaves: Leaves, tokens: np.ndarray) -> Leaves:
         """One update on this host's rows `[B T]` of the global batch."""
@@ -106,8 +110,8 @@ class TrainStep:
         """The inverse of `state`."""
         return tuple(jax.tree.leaves(state))
 
-    def _init(self, key: PRNGKey) -> TrainState:
-        params = self.objective.init(stream(key, "init"))
+    def _init(self, key: PRNGKey, params: Params | None = None) -> TrainState:
+        params = self.objective.init(stream(key, "init")) if params is None else params
         shape = (self.config.accumulation, self.config.batch_size // self.config.accumulation, self.config.num_tokens)
         tokens = jax.ShapeDtypeStruct(shape, jnp.int32)
         zero = jnp.zeros((), jnp.int32)
