@@ -213,6 +213,42 @@ def test_a_diffusion_step_that_knows_the_latent_is_the_true_step(prediction):
             np.testing.assert_allclose(log_variance, jnp.broadcast_to(bound, mean.shape), rtol=1e-5)
 
 
+def test_a_diffusion_sample_is_the_chain_of_its_steps_and_the_last_adds_no_noise():
+    model, steps = head("diffusion"), schedule(4)
+    noise = normal(SAMPLES, 4, 4, LATENT)
+
+    @jax.jit
+    def chain(hidden, noise):
+        x = noise[:, :, 0]
+        for place, index in enumerate((3, 2, 1, 0)):
+            condition = model.net.embed_hidden(hidden)[None] + model.net.embed_time(steps.times[index])
+            mean, log_variance = model._step(x, model.net(x, condition), steps.at(jnp.asarray(index)))
+            x = mean + jnp.exp(0.5 * log_variance) * noise[:, :, place + 1] if index else mean
+        return x, model(hidden, noise.reshape(SAMPLES, 4, -1))
+
+    by_hand, ours = chain(HIDDEN[0], noise)
+    np.testing.assert_allclose(ours, by_hand, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("prediction", ["velocity", "noise"])
+def test_a_diffusion_network_that_knows_the_latent_and_the_least_variance_has_no_loss(prediction):
+    model = DiffusionHeadConfig(prediction=prediction).build(DIM, LATENT, rngs=nnx.Rngs(0))
+    clean = POSTERIOR.mean.reshape(-1, LATENT)
+
+    def knows(x, condition):
+        at = schedule().at(condition[..., 0].astype(jnp.int32))
+        noise = (x - at.signal * clean) / at.noise
+        said = at.signal * noise - at.noise * clean if prediction == "velocity" else noise
+        return jnp.concatenate([said, -jnp.ones_like(said)], axis=-1)
+
+    knows.embed_hidden = lambda hidden: jnp.zeros((len(hidden), 1))
+    knows.embed_time = lambda time: time[..., None].astype(jnp.float32)
+    model.net = knows
+    sharp = Gaussian(jnp.asarray(POSTERIOR.mean), jnp.full((2, 4, LATENT), -20.0))
+    losses = jax.jit(lambda: model.loss(jax.random.key(1), jnp.asarray(HIDDEN), sharp))()
+    np.testing.assert_allclose(losses, 0, atol=1e-3)
+
+
 def test_times_are_waves_and_strata_hold_one_draw_each():
     waves = np.asarray(time_waves(jnp.asarray([0, 3])))
     np.testing.assert_array_equal(waves[0], np.repeat([1.0, 0.0], 128))
