@@ -37,7 +37,8 @@ def quickstart(
     """
     began, out, chosen = time.perf_counter(), Path(out), presets.get(preset)
     paths = {name: out / name for name in ("data", "autoencoder", "lm", "plots")}
-    prepare(source, paths["data"], chosen.tokenizer, separator=separator, quiet=quiet)
+    tokenizer = "auto" if source.startswith("world:") else chosen.tokenizer
+    prepare(source, paths["data"], tokenizer, separator=separator, quiet=quiet)
 
     data = str(paths["data"])
     stage_1 = dataclasses.replace(chosen.autoencoder, data=data, train=dataclasses.replace(chosen.autoencoder.train, seed=seed))
@@ -53,7 +54,7 @@ def quickstart(
     paths["plots"].mkdir(exist_ok=True)
     for stage in ("autoencoder", "lm"):
         training_curves(paths[stage] / "metrics.jsonl", paths["plots"] / f"training-{stage}.png")
-    reports = [scores[name] for name in ("unigram", "bigram", "lm")]
+    reports = [scores[name] for name in ("unigram", "bigram", "lm", "world") if name in scores]
     brier_bars(reports, paths["plots"] / "brier.png")
     noise_curves([scores["autoencoder"]], paths["plots"] / "noise.png")
 
@@ -123,5 +124,5 @@ def _percent(interval: Interval) -> str:
     return f"{100 * float(interval.estimate):.2f} %"
 
 
-def _value(interval: Interval | None) -> str:
-    return "-" if interval is None else f"{interval.estimate:.3f} [{interval.low:.3f}, {interval.high:.3f}]"
+def _value(interval: Interval) -> str:
+    return f"{interval.estimate:.3f} [{interval.low:.3f}, {interval.high:.3f}]"

@@ -125,20 +125,20 @@ def test_baselines_stand_at_the_same_boundaries():
     assert report.scores.means[0] > score_ngram(unigram, CHAIN, np.arange(len(CHAIN)), boundary_every=1).scores.means[0]
 
 
-@pytest.mark.parametrize("chunk_size", [1, 2, 3])
-def test_inner_products_and_drawn_tokens_have_one_mean_on_a_real_model(chunk_size):
+@pytest.mark.parametrize(("chunk_size", "place"), [(1, 4), (3, 5)])
+def test_inner_products_and_drawn_tokens_have_one_mean_on_a_real_model(chunk_size, place):
     """Chunks shorter than four tokens: each sample's branch of the backbone goes on along its own tokens."""
-    predictor, block = next_vector(chunk_size), np.random.default_rng(0).integers(0, 6, 8)
-    options = dict(num_samples=4, decoding="drawn", with_energy=False, begin_id=0)
+    predictor, block = next_vector(chunk_size), np.random.default_rng(0).integers(0, 6, place + 4)
+    options = dict(num_samples=4, decoding="drawn", with_energy=False, begin_id=0, boundary_every=place)
     products = repeated(predictor, block, 600, **options).scores.total
-    tokens = by_hand(predictor, block, place=4, draws=600)
-    assert products.std(0)[0] < 0.85 * tokens.std(0)[0]
+    tokens = by_hand(predictor, block, place=place, draws=600)
+    assert (products.std(0) < 1.1 * tokens.std(0)).all()  # an expectation has less variance; 1.1: it is estimated
     error = np.sqrt(products.var(0) + tokens.var(0)) / np.sqrt(600)
     assert (abs(products.mean(0) - tokens.mean(0)) < 3.5 * error).all(), (products.mean(0), tokens.mean(0), error)
 
 
 def test_a_real_token_model_by_its_probabilities_is_the_one_that_is_sampled():
-    backbone = BackboneConfig(dim=16, num_layers=2, num_heads=2, num_kv_heads=1, inner_dim=16)
+    backbone = BackboneConfig(dim=16, num_layers=1, num_heads=2, num_kv_heads=1, inner_dim=16)
     model = TokenLMConfig(vocab_size=6, backbone=backbone, init_std=0.7).build(rngs=nnx.Rngs(0))
     block = np.random.default_rng(0).integers(0, 6, 8)
     known = repeated(model, block, 200, num_samples=4).scores.total
@@ -150,7 +150,7 @@ def test_a_real_token_model_by_its_probabilities_is_the_one_that_is_sampled():
 def next_vector(chunk_size):
     sizes = dict(vocab_size=6, chunk_size=chunk_size, latent_dim=4)
     autoencoder = AutoencoderConfig(**sizes, dim=16, inner_dim=16, embedding_std=1.0).build(rngs=nnx.Rngs(0))
-    backbone = BackboneConfig(dim=16, num_layers=2, num_heads=2, num_kv_heads=1, inner_dim=16)
+    backbone = BackboneConfig(dim=16, num_layers=1, num_heads=2, num_kv_heads=1, inner_dim=16)
     lm = LatentLMConfig(**sizes, backbone=backbone, head=EnergyHeadConfig(num_blocks=1, noise_dim=4)).build(rngs=nnx.Rngs(1))
     lm.head.out.kernel[...] = jax.random.normal(jax.random.key(2), lm.head.out.kernel[...].shape)
     return NextVector(autoencoder, lm)

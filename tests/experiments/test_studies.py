@@ -1,0 +1,152 @@
+"""Studies: a budget pays for everything, a cell runs once whatever stops it, and the table says what its cells say."""
+
+import dataclasses
+import json
+import multiprocessing
+from pathlib import Path
+
+import pytest
+import tiny
+
+from calm.errors import UsageError
+from calm.experiments import runner, studies
+from calm.experiments.runner import Cell, autoencoder_flops, flops_per_token, grid, parse_axes, run_cells, sized, taken
+from calm.experiments.scoring import over_seeds, results_table
+from calm.models.token_lm import TokenLMConfig
+from calm.nn import BackboneConfig
+from calm.stages import LatentLMRun, TokenLMRun, load_run_config
+
+
+def latent_run(tiny_runs: Path) -> LatentLMRun:
+    run = load_run_config(tiny_runs / "lm")
+    assert isinstance(run, LatentLMRun)
+    return run
+
+
+def token_run(tiny_runs: Path) -> TokenLMRun:
+    latent = latent_run(tiny_runs)
+    backbone = BackboneConfig(dim=16, num_layers=1, num_heads=2, num_kv_heads=2, inner_dim=16)
+    train = dataclasses.replace(latent.train, best_metric="")
+    return TokenLMRun(data=latent.data, model=TokenLMConfig(backbone=backbone), train=train)
+
+
+def test_a_budget_pays_for_the_autoencoder_too(tiny_runs):
+    run = latent_run(tiny_runs)
+    before, step = autoencoder_flops(run), flops_per_token(run) * run.train.batch_size * run.train.num_tokens
+    stage_1 = load_run_config(tiny_runs / "autoencoder")
+    assert before == flops_per_token(stage_1) * 4 * 2 * 192  # steps, rows, tokens in a row
+    assert sized(run, before + 7.5 * step).train.steps == 7
+    assert autoencoder_flops(token_run(tiny_runs)) == 0
+    with pytest.raises(UsageError, match="is too little: the autoencoder took"):
+        sized(run, before + 0.5 * step)
+
+
+def test_two_kinds_of_model_get_equal_compute(tiny_runs):
+    budget = 3e10
+    for run in (latent_run(tiny_runs), token_run(tiny_runs)):
+        given = sized(run, budget)
+        spent = runner.describe("x", 0, given)["training_flops"]
+        step = flops_per_token(run) * run.train.batch_size * run.train.num_tokens
+        assert budget - step < spent <= budget
+
+
+def test_a_study_runs_each_cell_once_and_goes_on_after_a_failure(tiny_runs, tmp_path):
+    cells = [Cell(name="token", run=token_run(tiny_runs)), Cell(name="calm", run=latent_run(tiny_runs))]
+    scored = []
+
+    def score(folder: Path) -> dict:
+        scored.append(folder.parent.name)
+        if folder.parent.name == "calm" and len(scored) == 2:
+            raise RuntimeError("stopped while scoring")
+        return {"brier_lm": 1.0}
+
+    with pytest.raises(RuntimeError):
+        run_cells(cells, tmp_path, seeds=(0,), score=score, say=lambda _: None)
+    checkpoints = sorted((tmp_path / "calm" / "seed-0" / "checkpoints").iterdir())
+    results = run_cells(cells, tmp_path, seeds=(0,), score=score, say=lambda _: None)
+    assert scored == ["token", "calm", "calm"]
+    assert sorted((tmp_path / "calm" / "seed-0" / "checkpoints").iterdir()) == checkpoints
+    assert [(result["cell"], result["seed"], result["steps"]) for result in results] == [("token", 0, 4), ("calm", 0, 4)]
+
+
+def hold(folder: Path, held, done) -> None:
+    with taken(folder) as mine:
+        assert mine
+        held.set()
+        done.wait(60)
+
+
+def test_a_cell_that_another_process_is_at_is_left_to_it(tiny_runs, tmp_path):
+    context = multiprocessing.get_context("fork")
+    held, done = context.Event(), context.Event()
+    other = context.Process(target=hold, args=(tmp_path / "token" / "seed-0", held, done))
+    other.start()
+    assert held.wait(60)
+    cells, said = [Cell(name="token", run=token_run(tiny_runs))], []
+    assert run_cells(cells, tmp_path, seeds=(0,), score=lambda _: {}, say=said.append) == []
+    assert said == ["token seed 0: another process is at it"]
+    done.set()
+    other.join(60)
+    with taken(tmp_path / "token" / "seed-0") as mine:
+        assert mine
+
+
+def test_a_grid_is_every_combination_under_its_own_name(tiny_runs):
+    cells = [Cell(name="calm", run=latent_run(tiny_runs))]
+    axes = parse_axes(["loss.auxiliary_weight=0,3", "train.optimizer.learning_rate=1e-3"])
+    found = grid(cells, axes)
+    assert [cell.name for cell in found] == [
+        "calm-auxiliary_weight=0-learning_rate=1e-3",
+        "calm-auxiliary_weight=3-learning_rate=1e-3",
+    ]
+    last = found[1].run
+    assert isinstance(last, LatentLMRun) and last.loss.auxiliary_weight == 3.0 and last.train.optimizer.learning_rate == 1e-3
+    with pytest.raises(UsageError, match="unknown key 'loss.auxilary_weight'"):
+        grid(cells, {"loss.auxilary_weight": ["1"]})
+    with pytest.raises(UsageError, match="expected KEY=VALUE,VALUE"):
+        parse_axes(["loss.alpha"])
+
+
+def test_cells_of_one_name_are_refused(tiny_runs, tmp_path):
+    cell = Cell(name="token", run=token_run(tiny_runs))
+    with pytest.raises(UsageError, match="two cells have one name"):
+        run_cells([cell, cell], tmp_path, seeds=(0,), score=lambda _: {})
+
+
+def test_intervals_over_seeds_are_students():
+    assert over_seeds([1.5]) == "1.500"
+    assert over_seeds([1.0, 2.0, 3.0]) == "2.000 ± 2.483"  # 4.303 / sqrt(3)
+    results = [{"cell": "a", "x": 1.0}, {"cell": "b", "x": None}, {"cell": "a", "x": 3.0}]
+    lines = results_table(results, {"x": lambda result: result["x"]}).splitlines()
+    assert any(line.split()[:3] == ["a", "2", "2.000"] for line in lines) and any(line.split()[-1] == "-" for line in lines)
+
+
+@pytest.mark.parametrize("name", studies.STUDIES)
+def test_every_study_is_made_of_runs_that_can_be_built(name, tmp_path):
+    """Their configurations survive being written and read, and their names differ."""
+    from calm import config
+
+    study, place = studies.get(name), studies.Place("data", tmp_path)
+    cells = [*studies.autoencoders(study, place), *study.cells(place, 1e12)]
+    assert len({cell.name for cell in cells}) == len(cells)
+    for cell in cells:
+        (tmp_path / "config.toml").write_text(config.to_toml(cell.run))
+        assert config.load(type(cell.run), [tmp_path / "config.toml"]) == cell.run
+
+
+def test_a_study_from_the_command_line(tiny_runs, tmp_path, monkeypatch):
+    def cells(place: studies.Place, budget: float | None) -> list[Cell]:
+        return [Cell(name="token", run=token_run(tiny_runs)), Cell(name="calm", run=latent_run(tiny_runs), budget=budget)]
+
+    monkeypatch.setitem(studies.STUDIES, "stems", studies.Study(summary="a small one", chunk_sizes=(), cells=cells))
+    words = ["--data", str(tiny_runs / "data"), "--out", str(tmp_path), "--split", "valid", "--max-tokens", "768"]
+    result = tiny.run("experiment", "stems", *words, "--bound-samples", "2", "--texts", "2", "--speed-tokens", "8")
+    token, calm = result["results"]
+    assert token["nats_per_token"] > 0 and calm["nats_per_token_at_most"] > 0
+    assert set(calm["generated_tokens_per_second"]) == {"T=1 B=1", "T=.5 B=1", "T=1 B=8", "T=.5 B=8"}
+    assert "writing T=.5" in calm
+    assert "calm - token" in result["summary"] and (tmp_path / "stems.md").read_text().strip() == result["summary"].strip()
+    again = tiny.run("experiment", "stems", *words)
+    assert json.dumps(again["results"]) == json.dumps(result["results"])
+    code, answer, _ = tiny.calm("experiment", "stem", *words)
+    assert code == 2 and "did you mean 'stems'" in answer["error"]
