@@ -24,7 +24,7 @@ from calm.interop.export import (
 )
 from calm.interop.published_files import read_json
 from calm.metrics.bits_per_byte import scored_bytes
-from calm.models import LatentLM, NextVector, Predictor, TokenLM
+from calm.models import Decoding, LatentLM, NextVector, Predictor, TokenLM
 from calm.rng import row_keys, stream
 from calm.sampling import Generated, Sampler, from_temperature
 from calm.sampling import generate as generate_tokens
@@ -114,7 +114,7 @@ class Bundle:
         min_p: float | None = None,
         no_repeat: int | None = None,
         ban: Sequence[str | int] = (),
-        decoding: str = "argmax",
+        decoding: Decoding | None = None,
         seed: int = 0,
         stream: Callable[[str], None] | None = None,
     ) -> dict[str, Any]:
@@ -128,7 +128,7 @@ class Bundle:
             top_k, top_p, min_p: which chunks (of a token model: tokens) may be chosen.
             no_repeat: write no run of this many tokens twice.
             ban: what is never written: token ids, or texts that are one token.
-            decoding: how a latent becomes tokens: "argmax" or "drawn".
+            decoding: how a latent becomes tokens: "argmax" or "drawn"; by default as suits the model (`Predictor.decoding`).
             stream: called with every piece of text as it comes; for one prompt.
         Returns:
             texts, tokens (counts), ended, fallback_share and draws (see `calm.sampling.Generated`), decoding.
@@ -148,7 +148,7 @@ class Bundle:
             max_tokens=max_tokens,
             sampler=self._sampler(temperature, sampler, candidates, max_draws, no_repeat, filters),
             banned=[self._banned(each) for each in ban],
-            decoding=decoding,
+            decoding=decoding or self.predictor.decoding,
             context=self.block_tokens // self.chunk_size,
         )
         if stream is None:
@@ -172,7 +172,7 @@ class Bundle:
         split: str = "valid",
         max_tokens: int | None = None,
         num_samples: int = 8,
-        decoding: Literal["argmax", "drawn"] = "argmax",
+        decoding: Decoding | None = None,
         boundary_every: int = 4,
         noise: Sequence[float] = (0.3,),
         seed: int = 0,
@@ -199,7 +199,7 @@ class Bundle:
                 documents,
                 key,
                 num_samples=num_samples,
-                decoding=decoding,
+                decoding=decoding or self.predictor.decoding,
                 boundary_every=boundary_every,
                 begin_id=self.tokenizer.begin_id,
                 text=text,

@@ -7,7 +7,7 @@ import jax
 
 from calm.bundle import Bundle
 from calm.errors import UsageError
-from calm.models import TokenLM
+from calm.models import Decoding, TokenLM
 from calm.models.ngram import fit_ngrams
 from calm.report.quality import QualityReport
 from calm.rng import stream
@@ -28,7 +28,7 @@ def score_writing(
     new_tokens: int = 128,
     temperature: float | str = 1.0,
     candidates: int = 200,
-    decoding: str = "argmax",
+    decoding: Decoding | None = None,
     seed: int = 0,
 ) -> QualityReport:
     """Writes and scores `samples` continuations by the model, the n-gram models and the held-out text itself.
@@ -49,7 +49,9 @@ def score_writing(
     if isinstance(model.lm, TokenLM):
         sampler = softmax_sampler(temperature)
     key = stream(jax.random.key(seed), "write")
-    own = prompts.continued_by(model.predictor, model.tokenizer, key, sampler=sampler, decoding=decoding)
+    own = prompts.continued_by(
+        model.predictor, model.tokenizer, key, sampler=sampler, decoding=decoding or model.predictor.decoding
+    )
     rows: dict[str, Any] = {model.name: own}
     ngrams = fit_ngrams(model.training_data(opened).split("train"), model.tokenizer.vocab_size)
     for name, ngram in zip(("unigram", "bigram"), ngrams, strict=True):

@@ -45,6 +45,7 @@ VERBS = {
     "import official": Verb("import_model", "ImportOfficial", "read a published PyTorch checkpoint into a folder of ours"),
     "inspect autoencoder": Verb("inspect", "InspectAutoencoder", "look at latents: noise, KL, spread, smoothness"),
     "diagnose": Verb("diagnose", "Diagnose", "name the first stage at which a language model fails"),
+    "experiment": Verb("experiment", "Experiment", "run a study of many short runs at equal compute, resumable cell by cell"),
     "export": Verb("export", "Export", "write a run as safetensors + config.json + tokenizer.json + model card"),
     "doctor": Verb("doctor", "Doctor", "say what this machine can do, what is missing and how to get it"),
 }
@@ -67,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not words and (not rest or rest[0] in ("-h", "--help")):
         print(help_page())
         return 0
-    heavy = ("quickstart", "train", "evaluate", "inspect", "diagnose")
+    heavy = ("quickstart", "train", "evaluate", "inspect", "diagnose", "experiment")
     if argv is None and words.split(" ")[0] in heavy:  # a process of its own, and heavy work
         restart_with_huge_pages()
     as_json = "--json" in rest

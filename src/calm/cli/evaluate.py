@@ -24,8 +24,11 @@ class Evaluate:
     """Score only this many tokens (30k, 2M are understood); without it, the whole split."""
     num_samples: int = 8
     """Samples of the next chunk at every position, from which BrierLM is estimated."""
-    decoding: Literal["argmax", "drawn"] = "argmax"
-    """How a latent becomes tokens: the decoder's argmax, or drawn from its softmax (scored exactly)."""
+    decoding: Literal["argmax", "drawn"] | None = None
+    """How a latent becomes tokens: the decoder's argmax, or drawn from its softmax (scored exactly); by default what suits the
+    model."""
+    boundary_every: int = 4
+    """Tokens from one scored place to the next: 4 for models of 1, 2 or 4 tokens a chunk alike, 1 for every token."""
     noise: tuple[float, ...] = (0.3,)
     """Noise on the posterior mean under which the autoencoder's reconstruction is scored too."""
     bound: int = 0
@@ -66,6 +69,7 @@ class Evaluate:
             max_tokens=self.max_tokens,
             num_samples=self.num_samples,
             decoding=self.decoding,
+            boundary_every=self.boundary_every,
             noise=self.noise,
             seed=self.seed,
         )
@@ -96,7 +100,7 @@ class Evaluate:
         parts = [scores["autoencoder"].table()] if "autoencoder" in scores else []
         if "lm" in scores:
             parts += [
-                brier_table([scores[name] for name in ("lm", "bigram", "unigram")]),
+                brier_table([scores[name] for name in ("world", "lm", "bigram", "unigram") if name in scores]),
                 scores["against_bigram"].table(),
             ]
         if "bound" in scores:

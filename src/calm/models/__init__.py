@@ -2,6 +2,7 @@
 
 from calm.models.latent_lm import LatentLM as LatentLM
 from calm.models.latent_lm import LatentLMConfig as LatentLMConfig
+from calm.models.predictor import Decoding as Decoding
 from calm.models.predictor import NextVector as NextVector
 from calm.models.predictor import Noise as Noise
 from calm.models.predictor import Predictor as Predictor

@@ -1,6 +1,6 @@
 """What generation and evaluation ask of a model: the next chunk as a deterministic map from (hidden, noise)."""
 
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, Literal, NamedTuple, Protocol, get_args, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,8 @@ from calm.models.latent_lm import LatentLM
 from calm.nn.dense import Precision
 from calm.rng import PRNGKey, stream
 
-DECODINGS = ("argmax", "drawn")
+Decoding = Literal["argmax", "drawn"]
+DECODINGS: tuple[Decoding, ...] = get_args(Decoding)
 
 
 class Noise(NamedTuple):
@@ -36,6 +37,11 @@ class Predictor(Protocol):
     """
 
     precision: Precision
+
+    @property
+    def decoding(self) -> Decoding:
+        """How its tokens are to be chosen unless someone asks otherwise."""
+        ...
 
     @property
     def vocab_size(self) -> int: ...
@@ -89,6 +95,11 @@ class NextVector(nnx.Module):
         if lm.precision != autoencoder.precision:
             raise UsageError(f"the language model computes in {lm.precision}, the autoencoder in {autoencoder.precision}")
         self.autoencoder, self.lm, self.precision = autoencoder, lm, lm.precision
+
+    @property
+    def decoding(self) -> Decoding:
+        """How its tokens are to be chosen: drawn where a likelihood trained what writes them, else the most probable."""
+        return "argmax" if self.lm.context_decoder is None else "drawn"
 
     @property
     def vocab_size(self) -> int:

@@ -1,7 +1,7 @@
 """The token baseline: the same backbone between an embedding and a softmax. One token a step."""
 
 import dataclasses
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -103,6 +103,11 @@ class TokenLM(nnx.Module):
             precision=precision,
             rngs=rngs,
         )
+
+    @property
+    def decoding(self) -> Literal["drawn"]:
+        """Tokens are drawn."""
+        return "drawn"
 
     @property
     def vocab_size(self) -> int:

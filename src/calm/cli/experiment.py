@@ -1,0 +1,67 @@
+"""`calm experiment NAME`: a study of many short runs, resumable cell by cell."""
+
+import dataclasses
+from typing import Annotated, Any, Literal
+
+import tyro
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Experiment:
+    """Runs a study: trains and scores every cell that is not done, and prints its table. Start it again to go on, or start it
+    in several terminals on one folder to share the cells out.
+
+    Studies: chunk-sizes (a token model and CALM at K = 1, 2, 4, at equal compute), recipes (what makes CALM learn at small
+    scale), stems (tokens, latents or both as input).
+    """
+
+    name: Annotated[str, tyro.conf.Positional]
+    """The study."""
+    data: str
+    """Prepared data (`calm data prepare`)."""
+    out: str
+    """Folder for the cells and the table."""
+    seeds: tuple[int, ...] = (0,)
+    """Every cell is run once for each."""
+    budget: float | None = None
+    """Training FLOPs of a cell, its autoencoder's included, such as 3e13; without it, the presets' numbers of steps."""
+    grid: tuple[str, ...] = ()
+    """KEY=VALUE,VALUE: every cell for every value, such as loss.auxiliary_weight=0,1,3; repeat for more axes."""
+    only: tuple[str, ...] = ()
+    """Names of the cells to run; without it, all."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """In which the cells are scored."""
+    split: str = "test"
+    """The split to score on."""
+    max_tokens: int = 65536
+    """Score so many tokens of it."""
+    bound_samples: int = 64
+    """Latents at each position for the likelihood bound; 0 = no bound."""
+    judge: str | None = None
+    """Run of an independent token model that reads what the cells write."""
+    texts: int = 0
+    """Let every cell write so many continuations, and score them."""
+    speed_tokens: int = 0
+    """Measure generation over so many tokens; 0 = not. Wants a quiet machine."""
+
+    def run(self) -> dict[str, Any]:
+        from calm.experiments.runner import parse_axes
+        from calm.experiments.scoring import LanguageModelScore
+        from calm.experiments.study import run_study
+
+        score = LanguageModelScore(
+            precision=self.precision,
+            split=self.split,
+            max_tokens=self.max_tokens,
+            bound_samples=self.bound_samples,
+            judge=self.judge,
+            texts=self.texts,
+            speed_tokens=self.speed_tokens,
+        )
+        axes = parse_axes(self.grid)
+        return run_study(
+            self.name, self.data, self.out, seeds=self.seeds, budget=self.budget, axes=axes, only=self.only, score=score
+        )
+
+    def show(self, result: dict[str, Any]) -> str:
+        return result["summary"]

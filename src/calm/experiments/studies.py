@@ -1,0 +1,168 @@
+"""What is compared: each study is a list of cells at one budget of training FLOPs, from prepared data.
+
+All language models have the backbone of the preset `wikitext2-tiny` (4 layers of width 256), rows of 512 tokens, two rows a
+step, and their own best learning rate; a cell's autoencoder is trained first, once for each K, and paid for from the cell's
+budget.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+from calm import presets
+from calm.config import suggestion
+from calm.errors import UsageError
+from calm.experiments.runner import Cell
+from calm.heads import EnergyHeadConfig, FlowHeadConfig, MixtureHeadConfig
+from calm.models import LatentLMConfig
+from calm.models.context_decoder import ContextDecoderConfig
+from calm.stages import AutoencoderRun, LatentLMRun, TokenLMRun
+from calm.train.objective import LatentLossConfig
+from calm.train.settings import TrainConfig
+
+LATENT_DIMS = {1: 32, 2: 48, 4: 64, 8: 128}
+ROWS, NUM_TOKENS = 2, 512
+RATES = {"token": 3e-3, "pure": 2e-3, "written": 6e-3}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Study:
+    """A question, and the cells that answer it."""
+
+    summary: str
+    chunk_sizes: tuple[int, ...]
+    """K of the autoencoders that its cells need"""
+    cells: Callable[["Place", float | None], list[Cell]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Where a study reads and writes."""
+
+    data: str
+    out: Path
+
+    def autoencoder(self, chunk_size: int) -> Path:
+        """The run folder of the autoencoder for K."""
+        return self.out / f"autoencoder-k{chunk_size}" / "seed-0"
+
+
+def autoencoders(study: Study, place: Place) -> list[Cell]:
+    """The stage-1 runs that a study's cells stand on."""
+    base = presets.get("quickstart").autoencoder
+    return [Cell(name=f"autoencoder-k{k}", run=_autoencoder(base, place, k)) for k in study.chunk_sizes]
+
+
+def get(name: str) -> Study:
+    """The study of that name."""
+    if name not in STUDIES:
+        raise UsageError(f"unknown experiment {name!r}{suggestion(name, STUDIES)}; there are: {', '.join(STUDIES)}")
+    return STUDIES[name]
+
+
+# -- cells ------------------------------------------------------------------------------------------------------------
+
+
+def _autoencoder(base: AutoencoderRun, place: Place, chunk_size: int) -> AutoencoderRun:
+    model = dataclasses.replace(base.model, chunk_size=chunk_size, latent_dim=LATENT_DIMS[chunk_size])
+    return dataclasses.replace(base, data=place.data, model=model)
+
+
+def _train(base: TrainConfig, rate: float, best: str) -> TrainConfig:
+    optimizer = dataclasses.replace(base.optimizer, learning_rate=rate)
+    return dataclasses.replace(base, batch_size=ROWS, num_tokens=NUM_TOKENS, optimizer=optimizer, best_metric=best)
+
+
+def token_run(place: Place) -> TokenLMRun:
+    """The token baseline."""
+    base = presets.get("wikitext2-tiny").token_lm
+    return dataclasses.replace(base, data=place.data, train=_train(base.train, RATES["token"], base.train.best_metric))
+
+
+def pure_run(place: Place, chunk_size: int = 4, **loss: object) -> LatentLMRun:
+    """Pure CALM: the energy head, read by the frozen autoencoder; other terms by name."""
+    base = presets.get("wikitext2-tiny").lm
+    train = _train(base.train, RATES["pure"], "valid/objective")
+    terms = LatentLossConfig(**{"auxiliary_weight": 0.0, **loss})  # type: ignore[arg-type]
+    return dataclasses.replace(
+        base,
+        data=place.data,
+        autoencoder=str(place.autoencoder(chunk_size)),
+        model=dataclasses.replace(base.model, context_decoder=None),
+        loss=terms,
+        train=train,
+    )
+
+
+def written_run(place: Place, chunk_size: int = 4, *, use_latent: bool = True, **loss: object) -> LatentLMRun:
+    """CALM whose chunks a context decoder writes: the latent is its plan, sampled once a chunk, and kept near the autoencoder's
+    by a light energy score over two samples. Without the latent only the likelihood is left.
+    """
+    pure = pure_run(place, chunk_size)
+    light: dict[str, object] = dict(num_samples=2, energy_weight=0.1 if use_latent else 0.0, likelihood_weight=1.0)
+    terms = LatentLossConfig(**{**light, "likelihood_samples": 1, **loss})  # type: ignore[arg-type]
+    model = _with(pure.model, head=EnergyHeadConfig(num_blocks=1), context_decoder=ContextDecoderConfig(use_latent=use_latent))
+    optimizer = dataclasses.replace(pure.train.optimizer, learning_rate=RATES["written"])
+    return dataclasses.replace(pure, model=model, loss=terms, train=dataclasses.replace(pure.train, optimizer=optimizer))
+
+
+def _with(model: LatentLMConfig, **parts: object) -> LatentLMConfig:
+    return dataclasses.replace(model, **parts)  # type: ignore[arg-type]
+
+
+def _chunk_sizes(place: Place, budget: float | None) -> list[Cell]:
+    runs = {
+        "token": token_run(place),
+        "calm-k4": written_run(place, 4),
+        "calm-k2": written_run(place, 2),
+        "calm-k1": written_run(place, 1),
+        "planless-k4": written_run(place, 4, use_latent=False),
+        "pure-k4": pure_run(place, 4, auxiliary_weight=1.0),
+    }
+    return [Cell(name=name, run=run, budget=budget) for name, run in runs.items()]
+
+
+def _recipes(place: Place, budget: float | None) -> list[Cell]:
+    def model(**parts: object) -> LatentLMRun:
+        run = pure_run(place, auxiliary_weight=1.0)
+        return dataclasses.replace(run, model=_with(run.model, **parts))
+
+    steps = 300  # about the half of a cell at the budget of docs/results.md
+    runs = {
+        "energy": pure_run(place),
+        "auxiliary-1": pure_run(place, auxiliary_weight=1.0),
+        "auxiliary-3-falling": pure_run(place, auxiliary_weight=3.0, auxiliary_decay_steps=2 * steps),
+        "auxiliary-first": pure_run(place, auxiliary_weight=1.0, auxiliary_decay_steps=2 * steps, energy_from_step=steps),
+        "anchor": pure_run(place, auxiliary_weight=1.0, anchor_weight=0.03),
+        "likelihood": pure_run(place, auxiliary_weight=1.0, energy_weight=0.1, likelihood_weight=1.0),
+        "slot-energy": pure_run(place, auxiliary_weight=1.0, slot_energy_weight=1.0),
+        "samples-16": pure_run(place, auxiliary_weight=1.0, num_samples=16),
+        "head-4-blocks": model(head=EnergyHeadConfig(num_blocks=4)),
+        "flow": dataclasses.replace(
+            model(head=FlowHeadConfig()), loss=LatentLossConfig(energy_weight=0.0, auxiliary_weight=1.0)
+        ),
+        "mixture": dataclasses.replace(
+            model(head=MixtureHeadConfig()), loss=LatentLossConfig(energy_weight=0.0, auxiliary_weight=1.0)
+        ),
+        "written": written_run(place),
+        "written-without-plan": written_run(place, use_latent=False),
+        "written-mean-of-4": written_run(place, num_samples=4, likelihood_samples=4),
+    }
+    return [Cell(name=name, run=run, budget=budget) for name, run in runs.items()]
+
+
+def _stems(place: Place, budget: float | None) -> list[Cell]:
+    cells = []
+    for stem in ("discrete", "both", "continuous"):
+        run = pure_run(place, auxiliary_weight=1.0)
+        cells.append(Cell(name=stem, run=dataclasses.replace(run, model=_with(run.model, stem=stem)), budget=budget))
+    return cells
+
+
+STUDIES = {
+    "chunk-sizes": Study(
+        summary="a token model and CALM at K = 1, 2, 4, at equal training compute", chunk_sizes=(4, 2, 1), cells=_chunk_sizes
+    ),
+    "recipes": Study(summary="what makes CALM learn at small scale, at K = 4", chunk_sizes=(4,), cells=_recipes),
+    "stems": Study(summary="what the backbone reads: tokens, latents or both", chunk_sizes=(4,), cells=_stems),
+}
