@@ -84,7 +84,7 @@ def next_vector_inference(lm: NextVectorCost, autoencoder: CodecCost, context: i
 
 def token_inference(lm: TokenCost, context: int, logits: int) -> Inference:
     """A token model behind `context` tokens; `logits` are the FLOPs of its vocabulary projection."""
-    return Inference(backbone=lm.flops(context) - logits, head=0.0, writing=logits)
+    return Inference(backbone=float(lm.flops(context) - logits), head=0.0, writing=float(logits))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
