@@ -55,10 +55,12 @@ def test_another_draw_is_other_text_of_the_same_language(data, tmp_path):
         ("world:markov:words", "auto", "KEY=VALUE"),
         ("world:markov:tokens=0", "auto", "tokens >= 1"),
         ("world:grammar:words=3", "auto", "unknown setting 'words'"),
-        ("pydoc", "words", "world:NAME"),
+        ("novel.txt", "words", "world:NAME"),
     ],
 )
-def test_bad_names_are_one_line(tmp_path, source, tokenizer, words):
+def test_bad_names_are_one_line(tmp_path, monkeypatch, source, tokenizer, words):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "novel.txt").write_text("Call me Ishmael. " * 20)
     with pytest.raises(UsageError, match=words):
         prepare(source, tmp_path, tokenizer, quiet=True)
     assert not list(tmp_path.glob("manifest.json"))
