@@ -27,7 +27,7 @@ parser.add_argument("--layers", type=int, default=4)
 parser.add_argument("--num-tokens", type=int, default=1024, help="tokens in a row of a batch")
 arguments = parser.parse_args()
 
-preset = presets.get("quickstart").lm
+preset = presets.get("quickstart-pure").lm
 backbone = dataclasses.replace(
     preset.model.backbone, dim=arguments.dim, inner_dim=8 * arguments.dim // 3, num_layers=arguments.layers
 )

@@ -1,6 +1,6 @@
 """What is compared: each study is a list of cells at one budget of training FLOPs, from prepared data.
 
-All language models have the backbone of the preset `wikitext2-tiny` (4 layers of width 256), rows of 512 tokens, two rows a
+All language models have the backbone of the presets `wikitext2-tiny` (4 layers of width 256), rows of 512 tokens, two rows a
 step, and their own best learning rate; a cell's autoencoder is trained first, once for each K, and paid for from the cell's
 budget.
 """
@@ -75,13 +75,13 @@ def _train(base: TrainConfig, rate: float, best: str) -> TrainConfig:
 
 def token_run(place: Place) -> TokenLMRun:
     """The token baseline."""
-    base = presets.get("wikitext2-tiny").token_lm
+    base = presets.get("wikitext2-tiny-pure").token_lm
     return dataclasses.replace(base, data=place.data, train=_train(base.train, RATES["token"], base.train.best_metric))
 
 
 def pure_run(place: Place, chunk_size: int = 4, **loss: object) -> LatentLMRun:
     """Pure CALM: the energy head, read by the frozen autoencoder; other terms by name."""
-    base = presets.get("wikitext2-tiny").lm
+    base = presets.get("wikitext2-tiny-pure").lm
     train = _train(base.train, RATES["pure"], "valid/objective")
     terms = LatentLossConfig(**{"auxiliary_weight": 0.0, **loss})  # type: ignore[arg-type]
     return dataclasses.replace(

@@ -2,7 +2,9 @@
 
 The small ones train on two cores in minutes. Against the published recipe they differ where a small model needs it
 (docs/log.md has the runs): kernels start at 1 / sqrt(fan-in) instead of .02, embeddings of the autoencoder at .1, learning
-rates are ten times higher with a cosine, a third of the autoencoder's chunks is random, and the auxiliary cross-entropy is on.
+rates are ten times higher with a cosine, a third of the autoencoder's chunks is random, and a decoder inside the chunk,
+trained by its likelihood, writes what the latent plans. The presets `-pure` have no such decoder: there the auxiliary
+cross-entropy is on.
 
 The published ones cite CALM, arXiv:2510.27688.
 """
@@ -15,6 +17,7 @@ from calm.config import suggestion
 from calm.errors import UsageError
 from calm.heads import DiffusionHeadConfig, EnergyHeadConfig, FlowHeadConfig, HeadConfig, MixtureHeadConfig
 from calm.models import LatentLMConfig
+from calm.models.context_decoder import ContextDecoderConfig
 from calm.models.token_lm import TokenLMConfig
 from calm.nn import BackboneConfig
 from calm.stages import AutoencoderRun, LatentLMRun, TokenLMRun
@@ -25,7 +28,7 @@ from calm.train.settings import TrainConfig
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Preset:
-    """Both stages, the token baseline of the same backbone, and the tokenizer that they are meant for."""
+    """Both stages and the tokenizer that they are meant for."""
 
     name: str
     summary: str
@@ -33,7 +36,13 @@ class Preset:
     """as in `calm data prepare --tokenizer`"""
     autoencoder: AutoencoderRun
     lm: LatentLMRun
-    token_lm: TokenLMRun
+
+    @property
+    def token_lm(self) -> TokenLMRun:
+        """The baseline on the backbone, number of tokens and learning rate of `lm`."""
+        chosen: dict[str, Any] = {"best_metric": "valid/nats_per_token", "best_is": "lowest"}
+        model = TokenLMConfig(backbone=self.lm.model.backbone, init_std=self.lm.model.init_std)
+        return TokenLMRun(model=model, train=dataclasses.replace(self.lm.train, **chosen))
 
 
 def get(name: str) -> Preset:
@@ -56,13 +65,6 @@ def _cosine(learning_rate: float, warmup_steps: int, weight_decay: float = 0.1) 
         final_fraction=0.03,
         weight_decay=weight_decay,
     )
-
-
-def _token_lm(lm: LatentLMRun) -> TokenLMRun:
-    """The baseline on the backbone, text and learning rate of `lm`."""
-    chosen: dict[str, Any] = {"best_metric": "valid/nats_per_token", "best_is": "lowest"}
-    model = TokenLMConfig(backbone=lm.model.backbone, init_std=lm.model.init_std)
-    return TokenLMRun(model=model, train=dataclasses.replace(lm.train, **chosen))
 
 
 def _small(
@@ -112,7 +114,28 @@ def _small(
             best_is="lowest",
         ),
     )
-    return Preset(name=name, summary=summary, tokenizer=tokenizer, autoencoder=autoencoder, lm=lm, token_lm=_token_lm(lm))
+    return Preset(name=name, summary=summary, tokenizer=tokenizer, autoencoder=autoencoder, lm=lm)
+
+
+def _written(pure: Preset, name: str, summary: str, *, steps: int, learning_rate: float) -> Preset:
+    """`pure` with the recipe that learns most at this scale (docs/results.md): a context decoder writes the chunk from a
+    sampled latent, trained by its likelihood; a light energy score over two samples keeps the latents near the autoencoder's.
+    """
+    model = dataclasses.replace(pure.lm.model, head=EnergyHeadConfig(num_blocks=1), context_decoder=ContextDecoderConfig())
+    loss = LatentLossConfig(num_samples=2, energy_weight=0.1, likelihood_weight=1.0, likelihood_samples=1)
+    train = dataclasses.replace(
+        pure.lm.train,
+        steps=steps,
+        batch_size=2,
+        num_tokens=512,
+        optimizer=_cosine(learning_rate, min(100, steps // 5)),
+        evaluate_every=max(1, steps // 4),
+        sample_every=max(1, steps // 4),
+        save_every=max(1, steps // 4),
+        best_metric="valid/objective",
+    )
+    lm = dataclasses.replace(pure.lm, model=model, loss=loss, train=train)
+    return dataclasses.replace(pure, name=name, summary=summary, lm=lm)
 
 
 def _with_head(preset: Preset, suffix: str, head: HeadConfig) -> Preset:
@@ -120,7 +143,8 @@ def _with_head(preset: Preset, suffix: str, head: HeadConfig) -> Preset:
     model = dataclasses.replace(preset.lm.model, head=head)
     loss = dataclasses.replace(preset.lm.loss, energy_weight=0.0, own_weight=1.0)
     lm = dataclasses.replace(preset.lm, model=model, loss=loss)
-    return dataclasses.replace(preset, name=f"{preset.name}-{suffix}", summary=f"{preset.name} with a {suffix} head", lm=lm)
+    name = preset.name.replace("pure", suffix)
+    return dataclasses.replace(preset, name=name, summary=f"{preset.name} with a {suffix} head", lm=lm)
 
 
 def _published(name: str, dim: int, inner_dim: int) -> Preset:
@@ -154,60 +178,72 @@ def _published(name: str, dim: int, inner_dim: int) -> Preset:
         tokenizer="tokenizer.json",
         autoencoder=autoencoder,
         lm=lm,
-        token_lm=_token_lm(lm),
     )
 
 
 _TINY = dict(width=128, latent_dim=64, dim=256, inner_dim=688, layers=4, head_blocks=2)
 
-_PRESETS = {
-    preset.name: preset
-    for preset in (
-        _small(
-            "quickstart",
-            "a model in under five minutes on two cores",
-            tokenizer="bpe:4096",
-            **_TINY,
-            rows=4,
-            autoencoder_steps=300,
-            lm_steps=650,
-            learning_rate=2e-3,
-        ),
-        _small(
-            "wikitext2-tiny",
-            "WikiText-2 in a quarter of an hour on two cores",
-            tokenizer="bpe:8192",
-            **_TINY,
-            rows=4,
-            autoencoder_steps=1000,
-            lm_steps=3000,
-            learning_rate=2e-3,
-        ),
-        _small(
-            "wikitext2-small",
-            "WikiText-2 with a wider, deeper model in half an hour on two cores",
-            tokenizer="bpe:8192",
-            width=256,
-            latent_dim=128,
-            dim=512,
-            inner_dim=1376,
-            layers=8,
-            head_blocks=4,
-            rows=2,
-            autoencoder_steps=1200,
-            lm_steps=1400,
-            learning_rate=1e-3,
-        ),
-        _published("calm-m", 1024, 2752),
-        _published("calm-l", 1536, 4096),
-        _published("calm-xl", 2560, 6880),
-    )
-}
+_PURE_QUICKSTART = _small(
+    "quickstart-pure",
+    "quickstart as CALM is published: the frozen autoencoder reads the latent",
+    tokenizer="bpe:4096",
+    **_TINY,
+    rows=4,
+    autoencoder_steps=300,
+    lm_steps=650,
+    learning_rate=2e-3,
+)
+_PURE_TINY = _small(
+    "wikitext2-tiny-pure",
+    "wikitext2-tiny as CALM is published, with the auxiliary cross-entropy",
+    tokenizer="bpe:8192",
+    **_TINY,
+    rows=4,
+    autoencoder_steps=1000,
+    lm_steps=3000,
+    learning_rate=2e-3,
+)
+_PURE_SMALL = _small(
+    "wikitext2-small-pure",
+    "wikitext2-small as CALM is published, with the auxiliary cross-entropy",
+    tokenizer="bpe:8192",
+    width=256,
+    latent_dim=128,
+    dim=512,
+    inner_dim=1376,
+    layers=8,
+    head_blocks=4,
+    rows=2,
+    autoencoder_steps=1200,
+    lm_steps=1400,
+    learning_rate=1e-3,
+)
 _HEADS: dict[str, HeadConfig] = {
     "flow": FlowHeadConfig(num_draws=4),
     "diffusion": DiffusionHeadConfig(num_steps=25, num_draws=4),
     "mixture": MixtureHeadConfig(),
 }
-_PRESETS |= {
-    preset.name: preset for preset in (_with_head(_PRESETS["wikitext2-tiny"], kind, head) for kind, head in _HEADS.items())
+
+_PRESETS = {
+    preset.name: preset
+    for preset in (
+        _written(_PURE_QUICKSTART, "quickstart", "a model in under five minutes on two cores", steps=2000, learning_rate=6e-3),
+        _written(
+            _PURE_TINY, "wikitext2-tiny", "WikiText-2 in a quarter of an hour on two cores", steps=12_000, learning_rate=6e-3
+        ),
+        _written(
+            _PURE_SMALL,
+            "wikitext2-small",
+            "WikiText-2 with a wider, deeper model in half an hour on two cores",
+            steps=6000,
+            learning_rate=3e-3,
+        ),
+        _PURE_QUICKSTART,
+        _PURE_TINY,
+        _PURE_SMALL,
+        *(_with_head(_PURE_TINY, kind, head) for kind, head in _HEADS.items()),
+        _published("calm-m", 1024, 2752),
+        _published("calm-l", 1536, 4096),
+        _published("calm-xl", 2560, 6880),
+    )
 }
