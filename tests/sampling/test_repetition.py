@@ -70,6 +70,6 @@ def test_counting_samplers_choose_among_what_repeats_nothing():
 def test_where_every_chunk_repeats_the_counting_samplers_fall_back_and_the_exact_one_runs_out():
     history = np.concatenate([[outcome, outcome + 100] for outcome in range(4)])
     for sampler in (BatchTemperature(temperature=Fraction(1, 9), no_repeat=2), BestOfN(no_repeat=2)):
-        chosen, choice = sample(sampler, history=history, rows=50)
-        assert choice.fell_back.all() and np.mean(chosen == 0) > 0.8  # by the counts of all
+        chosen, choice = sample(sampler, history=history, rows=200)
+        assert choice.fell_back.all() and np.mean(chosen == 0) > 0.55  # by the counts of all; a plain draw gives .4
     assert sample(ExactTemperature(max_draws=300, no_repeat=2), history=history, rows=50)[1].ran_out.all()
