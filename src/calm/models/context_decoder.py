@@ -4,8 +4,8 @@ The tokens of a chunk share several nats that a latent cannot carry at small sca
 them, and log-mean likelihood over S samples can gain at most log S (docs/log.md). A small network that sees the hidden state,
 the sampled latent and the K tokens before each place carries that dependence at a fraction of a backbone's cost per token, and
 has an exact likelihood given its latent. Without a context decoder the frozen autoencoder reads the latent: pure CALM
-(arXiv:2510.27688). Related: MegaByte (Yu et al. 2023, arXiv:2305.07185) puts a local transformer inside groups of bytes; here the local
-model is a multilayer perceptron over a window of K tokens, and a latent may join it.
+(arXiv:2510.27688). Related: MegaByte (Yu et al. 2023, arXiv:2305.07185) puts a local transformer inside groups of bytes; here
+the local model is a multilayer perceptron over a window of K tokens, and a latent may join it.
 """
 
 import dataclasses
