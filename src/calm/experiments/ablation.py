@@ -21,6 +21,7 @@ from calm import bundle, examine, presets
 from calm.experiments.runner import Cell, run_cells
 from calm.report.tables import table
 from calm.stages import AutoencoderRun
+from calm.text.shards import open_data
 from calm.text.writer import write_whole
 
 COLUMNS = {
@@ -41,7 +42,8 @@ def cells(data: str, steps: int) -> list[Cell]:
     preset = presets.get("wikitext2-tiny").autoencoder
     schedule = dataclasses.replace(preset.train.optimizer, warmup_steps=max(1, steps // 5))
     train = dataclasses.replace(preset.train, steps=steps, optimizer=schedule, evaluate_every=0, save_every=0)
-    base = dataclasses.replace(preset, data=data, train=train)
+    model = dataclasses.replace(preset.model, vocab_size=open_data(data).tokenizer.vocab_size)
+    base = dataclasses.replace(preset, data=data, model=model, train=train)
 
     def loss(**changes: float) -> AutoencoderRun:
         return dataclasses.replace(base, loss=dataclasses.replace(base.loss, **changes))

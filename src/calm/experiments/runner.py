@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from calm import config as configuration
-from calm.autoencoder import AutoencoderConfig
 from calm.errors import UsageError
 from calm.stages import (
     AutoencoderRun,
@@ -172,7 +171,7 @@ def describe(name: str, seed: int, run: Run) -> dict[str, Any]:
         "epochs": tokens / epoch,
         "training_flops": per_token * tokens + before,
         "autoencoder_flops": before,
-        "parameters": run.model.parameters() if isinstance(run.model, AutoencoderConfig) or run.model.vocab_size else None,
+        "parameters": run.model.parameters() if run.model.vocab_size else None,
     }
 
 
