@@ -19,7 +19,7 @@ class Recorded:
 
 def test_it_is_the_mean_over_rows_whatever_the_batches_and_draws_the_same_noise_each_time():
     width = TOKENS_PER_BATCH // 4
-    blocks = np.zeros((10, width), np.uint16)  # batches of 4, 4 and 2 rows
+    blocks = np.zeros((10, width), np.int64)  # batches of 4, 4 and 2 rows
     blocks[:, 0] = np.arange(10)
     key = jax.random.key(3)
     validate = validator(Recorded(), blocks, key, step=100)
