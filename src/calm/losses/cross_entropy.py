@@ -25,7 +25,7 @@ def plain_cross_entropy(hidden: Float[Array, "R D"], table: Float[Array, "V D"],
 def target_log_prob(
     hidden: Float[Array, "R D"], table: Float[Array, "V D"], targets: Int[Array, "R"], precision: Precision = "float32"
 ) -> Float[Array, "R"]:
-    """log softmax(hidden table^T)[target] in nats, one value a row, for so many rows at a time that their logits stay in cache."""
+    """log softmax(hidden table^T)[target] in nats, one value a row; so many rows at a time that their logits stay in cache."""
     rows = hidden.shape[0]
     size = min(rows, BLOCK_ROWS)
     padding = -rows % size

@@ -1,11 +1,12 @@
 """A lower bound on the log-likelihood of a model that draws a latent and then tokens given the latent.
 
-The probability of a chunk x is an expectation over latents, p(x) = E_z p(x | z), which no formula gives. The mean over S draws is
-an unbiased estimate of it, and the logarithm is concave, so
+The probability of a chunk x is an expectation over latents, p(x) = E_z p(x | z), which no formula gives. The mean over S draws
+is an unbiased estimate of it, and the logarithm is concave, so
 
     log (1/S) sum_s p(x | z_s),   z_s ~ p(z)
 
-lies below log p(x) in expectation, the less the larger S is. A better proposal q(z | x), such as the autoencoder's encoder, gives
+lies below log p(x) in expectation, the less the larger S is. A better proposal q(z | x), such as the autoencoder's encoder,
+gives
 
     log (1/S) sum_s p(z_s) p(x | z_s) / q(z_s | x),   z_s ~ q(z | x)
 
