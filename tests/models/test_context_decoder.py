@@ -101,9 +101,9 @@ def test_the_predictor_writes_by_the_context_decoder(use_latent):
     assert changed == use_latent
 
 
-@pytest.mark.parametrize("use_latent", [True, False])
-def test_flops_are_those_of_the_products_in_the_program(use_latent):
-    config = dataclasses.replace(CONFIG, use_latent=use_latent)
+@pytest.mark.parametrize(("use_latent", "use_hidden"), [(True, True), (True, False), (False, True)])
+def test_flops_are_those_of_the_products_in_the_program(use_latent, use_hidden):
+    config = dataclasses.replace(CONFIG, use_latent=use_latent, use_hidden=use_hidden)
     graphdef, params = nnx.split(build(config))
     samples = 3 if use_latent else 1
 
@@ -114,6 +114,15 @@ def test_flops_are_those_of_the_products_in_the_program(use_latent):
     chunks = jnp.zeros((7, K), jnp.int32)
     counted = matmul_flops(forward, params, jnp.zeros((7, D)), jnp.zeros((samples, 7, Z)), chunks, chunks)
     assert counted == 7 * config.flops(D, Z, K, V, samples)
+
+
+def test_without_the_hidden_state_only_the_latent_tells_it_of_the_past():
+    writer = build(dataclasses.replace(CONFIG, use_hidden=False))
+    latent, hidden = jnp.ones((1, 2, Z)), jnp.ones((2, D))
+    np.testing.assert_array_equal(writer.plan(hidden, latent), writer.plan(-hidden, latent))
+    assert (writer.plan(hidden, latent) != writer.plan(hidden, -latent)).any()
+    with pytest.raises(UsageError, match="must read the latent"):
+        ContextDecoderConfig(use_hidden=False, use_latent=False)
 
 
 def test_sizes_below_one_are_refused():

@@ -34,10 +34,14 @@ class ContextDecoderConfig:
     use_latent: bool = True
     """whether it reads the sampled latent; without, a chunk depends on the hidden state alone, and the head on no more than the
     loss"""
+    use_hidden: bool = True
+    """whether it reads the hidden state; without, what it knows of the text before the last chunk comes through the latent"""
 
     def __post_init__(self) -> None:
         if min(self.dim, self.inner_dim, self.num_layers, self.table_dim) < 1:
             raise UsageError("context decoder: dim, inner_dim, num_layers and table_dim must be at least 1")
+        if not (self.use_latent or self.use_hidden):
+            raise UsageError("context decoder: it must read the latent (use_latent), the hidden state (use_hidden) or both")
 
     def build(
         self,
@@ -55,7 +59,7 @@ class ContextDecoderConfig:
         """Forward FLOPs of one chunk: the hidden state's share once, the rest for every sample of the latent."""
         place = dense_flops(chunk_size * self.table_dim, self.dim) + self.num_layers * SwiGLU.flops(self.dim, self.inner_dim)
         place += dense_flops(self.dim, self.table_dim) + dense_flops(self.table_dim, vocab_size)
-        once = dense_flops(hidden_dim, self.dim)
+        once = dense_flops(hidden_dim, self.dim) if self.use_hidden else 0
         return once + num_samples * ((dense_flops(latent_dim, self.dim) if self.use_latent else 0) + chunk_size * place)
 
 
@@ -79,7 +83,7 @@ class ContextDecoder(nnx.Module):
         self.config, self.precision, self.chunk_size = config, precision, chunk_size
         shape = (vocab_size, config.table_dim)
         self.embedding = nnx.Param(config.table_dim**-0.5 * jax.random.normal(rngs.params(), shape, jnp.float32))
-        self.from_hidden = dense(hidden_dim, config.dim, use_bias=True)
+        self.from_hidden = dense(hidden_dim, config.dim, use_bias=True) if config.use_hidden else None
         self.from_window = dense(chunk_size * config.table_dim, config.dim)
         # rows of the table have about unit length; the window's projection would start a fan-in too small beside the others
         self.norm_window = nnx.RMSNorm(chunk_size * config.table_dim, epsilon=1e-6, rngs=rngs)
@@ -99,11 +103,13 @@ class ContextDecoder(nnx.Module):
 
     def plan(self, hidden: Float[Array, "*b D"], latents: Float[Array, "S *b Z"] | None) -> Float[Array, "S *b d"]:
         """What every place of the chunk shares, for each latent; one plan where the decoder reads none."""
-        shared = self.from_hidden(hidden)[None]
-        if self.from_latent is None:
-            return shared
-        assert latents is not None
-        return shared + self.from_latent(latents)
+        parts = []
+        if self.from_hidden is not None:
+            parts.append(self.from_hidden(hidden)[None])
+        if self.from_latent is not None:
+            assert latents is not None
+            parts.append(self.from_latent(latents))
+        return sum(parts[1:], start=parts[0])
 
     def states(
         self, plan: Float[Array, "*b d"], window: Int[Array, "*b K"], place: Int[Array, "*b"] | Int[Array, ""]
