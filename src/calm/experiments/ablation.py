@@ -69,7 +69,7 @@ def cells(data: str, steps: int) -> list[Cell]:
 
 def inspected(folder: Path) -> dict[str, Any]:
     """The score of a cell."""
-    found = examine.latents(bundle.load(folder), max_tokens=32 * 1024)
+    found = examine.latents(bundle.load(folder, precision="auto"), max_tokens=16 * 1024)
     latent, _, aggregate = found.curves
     at = latent.levels.index(0.3)
     return {
