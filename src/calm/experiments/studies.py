@@ -94,14 +94,16 @@ def pure_run(place: Place, chunk_size: int = 4, **loss: object) -> LatentLMRun:
     )
 
 
-def written_run(place: Place, chunk_size: int = 4, *, use_latent: bool = True, **loss: object) -> LatentLMRun:
-    """CALM whose chunks a context decoder writes: the latent is its plan, sampled once a chunk, and kept near the autoencoder's
-    by a light energy score over two samples. Without the latent only the likelihood is left.
+def written_run(place: Place, chunk_size: int = 4, *, reads: str = "latent", **loss: object) -> LatentLMRun:
+    """CALM whose chunks a context decoder writes. It `reads` the sampled latent alone, which a light energy score over two
+    samples keeps near the autoencoder's; or the hidden state alone, and then no latent is trained; or both.
     """
     pure = pure_run(place, chunk_size)
+    use_latent, use_hidden = reads in ("latent", "both"), reads in ("hidden", "both")
     light: dict[str, object] = dict(num_samples=2, energy_weight=0.1 if use_latent else 0.0, likelihood_weight=1.0)
     terms = LatentLossConfig(**{**light, "likelihood_samples": 1, **loss})  # type: ignore[arg-type]
-    model = _with(pure.model, head=EnergyHeadConfig(num_blocks=1), context_decoder=ContextDecoderConfig(use_latent=use_latent))
+    writer = ContextDecoderConfig(use_latent=use_latent, use_hidden=use_hidden)
+    model = _with(pure.model, head=EnergyHeadConfig(num_blocks=1), context_decoder=writer)
     optimizer = dataclasses.replace(pure.train.optimizer, learning_rate=RATES["written"])
     return dataclasses.replace(pure, model=model, loss=terms, train=dataclasses.replace(pure.train, optimizer=optimizer))
 
@@ -116,7 +118,7 @@ def _chunk_sizes(place: Place, budget: float | None) -> list[Cell]:
         "calm-k4": written_run(place, 4),
         "calm-k2": written_run(place, 2),
         "calm-k1": written_run(place, 1),
-        "planless-k4": written_run(place, 4, use_latent=False),
+        "hidden-k4": written_run(place, 4, reads="hidden"),
         "pure-k4": pure_run(place, 4, auxiliary_weight=1.0),
     }
     return [Cell(name=name, run=run, budget=budget) for name, run in runs.items()]
@@ -145,7 +147,8 @@ def _recipes(place: Place, budget: float | None) -> list[Cell]:
             model(head=MixtureHeadConfig()), loss=LatentLossConfig(energy_weight=0.0, auxiliary_weight=1.0)
         ),
         "written": written_run(place),
-        "written-without-plan": written_run(place, use_latent=False),
+        "written-from-hidden": written_run(place, reads="hidden"),
+        "written-from-both": written_run(place, reads="both"),
         "written-mean-of-4": written_run(place, num_samples=4, likelihood_samples=4),
     }
     return [Cell(name=name, run=run, budget=budget) for name, run in runs.items()]

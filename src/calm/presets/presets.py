@@ -118,10 +118,12 @@ def _small(
 
 
 def _written(pure: Preset, name: str, summary: str, *, steps: int, learning_rate: float) -> Preset:
-    """`pure` with the recipe that learns most at this scale (docs/results.md): a context decoder writes the chunk from a
-    sampled latent, trained by its likelihood; a light energy score over two samples keeps the latents near the autoencoder's.
+    """`pure` with the recipe that learns most at this scale (docs/results.md): a context decoder writes the chunk from the
+    sampled latent alone, trained by its likelihood; a light energy score over two samples keeps the latents near the
+    autoencoder's.
     """
-    model = dataclasses.replace(pure.lm.model, head=EnergyHeadConfig(num_blocks=1), context_decoder=ContextDecoderConfig())
+    writer = ContextDecoderConfig(use_hidden=False)
+    model = dataclasses.replace(pure.lm.model, head=EnergyHeadConfig(num_blocks=1), context_decoder=writer)
     loss = LatentLossConfig(num_samples=2, energy_weight=0.1, likelihood_weight=1.0, likelihood_samples=1)
     train = dataclasses.replace(
         pure.lm.train,
