@@ -25,9 +25,9 @@ from calm.text.shards import open_data
 from calm.text.writer import write_whole
 
 COLUMNS = {
-    "tokens right": ("tokens", "{:.3%}"),
-    "at .3 latent units": ("tokens_noise", "{:.2%}"),
-    "at .3 aggregate std": ("tokens_noise_aggregate", "{:.2%}"),
+    "tokens right": ("tokens_right", "{:.3%}"),
+    "at .3 latent units": ("tokens_right_noise", "{:.2%}"),
+    "at .3 aggregate std": ("tokens_right_noise_aggregate", "{:.2%}"),
     "KL": ("kl", "{:.0f}"),
     "sigma": ("posterior_std", "{:.2f}"),
     "aggregate std": ("aggregate_std", "{:.2f}"),
@@ -73,9 +73,9 @@ def inspected(folder: Path) -> dict[str, Any]:
     latent, _, aggregate = found.curves
     at = latent.levels.index(0.3)
     return {
-        "tokens": latent.tokens[0].estimate,
-        "tokens_noise": latent.tokens[at].estimate,
-        "tokens_noise_aggregate": aggregate.tokens[at].estimate,
+        "tokens_right": latent.tokens[0].estimate,
+        "tokens_right_noise": latent.tokens[at].estimate,
+        "tokens_right_noise_aggregate": aggregate.tokens[at].estimate,
         "kl": float(found.kl.sum()),
         "posterior_std": float(found.posterior_std.mean()),
         "aggregate_std": float(found.aggregate_std.mean()),
