@@ -1,6 +1,7 @@
 """Every test runs on the CPU, offline, without a display, with compiled programs kept between runs, and the same each time."""
 
 import os
+import sys
 from pathlib import Path
 
 CACHE = Path(__file__).parent.parent / ".cache" / "jax"  # ignored by git; makes the second run several times quicker
@@ -20,6 +21,14 @@ from hypothesis import settings  # noqa: E402
 
 settings.register_profile("same each time", derandomize=True, database=None, deadline=None)
 settings.load_profile("same each time")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def programs_of_a_module_are_let_go():
+    """Every compiled program holds several memory maps, and a process may have 65,530: a thousand tests come near it."""
+    yield
+    if "jax" in sys.modules:
+        sys.modules["jax"].clear_caches()
 
 
 @pytest.fixture(scope="session")
