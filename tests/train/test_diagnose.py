@@ -95,7 +95,7 @@ class State(NamedTuple):
 class Planted(nnx.Module):
     """A predictor that knows the walk: its hidden state is (known, state of the last chunk)."""
 
-    precision, vocab_size, chunk_size, num_layers = "float32", V, K, 1
+    precision, decoding, vocab_size, chunk_size, num_layers = "float32", "argmax", V, K, 1
     write = NextVector.write
 
     def __init__(self, fault: str = ""):

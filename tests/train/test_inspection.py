@@ -92,7 +92,7 @@ def test_the_way_and_the_neighbours_of_a_codec_with_a_place_for_every_token():
     assert near.smoothness == pytest.approx(np.sqrt(1 / (K * (1 - 1 / V))), rel=0.1)
     assert near.posterior_draw == pytest.approx(np.sqrt(np.mean((0.3 / found.aggregate_std) ** 2)), rel=0.05)
     assert found.curves[0].chunks[0].estimate == 1 and found.active == K * V
-    assert found.effective_rank == pytest.approx(K * (V - 1), rel=0.05)
+    assert 0.85 * K * (V - 1) < found.effective_rank <= K * (V - 1)  # a place has V - 1 directions; 200 chunks blur them
 
 
 def test_a_cloud_on_a_line_has_rank_one_and_a_round_one_its_dimension():

@@ -10,8 +10,11 @@ from calm.autoencoder.autoencoder import AutoencoderConfig
 from calm.errors import UsageError
 from calm.metrics.brier_lm import TextProtocol
 from calm.metrics.nll_bound import SHARES
+from calm.models.context_decoder import ContextDecoderConfig
+from calm.models.latent_lm import LatentLMConfig
 from calm.models.ngram import Unigram
 from calm.models.predictor import NextVector, Noise
+from calm.nn.backbone import BackboneConfig
 from calm.posterior import Gaussian
 from calm.train.likelihood import LatentPredictor, evaluate_likelihood
 from random_models import random_model
@@ -76,14 +79,14 @@ class Coder(nnx.Module):
 class Planted(nnx.Module):
     """A predictor whose hidden state is looked up by the first token of a chunk, around a head and a random autoencoder."""
 
-    precision, num_layers, vocab_size, chunk_size = "float32", 0, V, K
+    precision, decoding, num_layers, vocab_size, chunk_size = "float32", "argmax", 0, V, K
     init_state, write, token_log_probs = NextVector.init_state, NextVector.write, NextVector.token_log_probs
 
     def __init__(self, head):
         self.autoencoder = Coder()
         self.hiddens = nnx.Param(jax.random.normal(jax.random.key(1), (V, CHOICES)))
         self.lm = nnx.Module()
-        self.lm.head = head
+        self.lm.head, self.lm.context_decoder = head, None
 
     @property
     def table(self):
@@ -188,3 +191,20 @@ def test_bad_input_is_refused():
     text = TextProtocol(dataset="d", sha256="s", split="valid", tokenizer="t", block_tokens=20, chunk_size=K)
     with pytest.raises(UsageError, match="protocol says blocks of 20"):
         bound(FiniteHead(), text=text)
+
+
+def test_a_decoder_inside_the_chunk_that_reads_no_latent_has_an_exact_likelihood():
+    sizes = dict(vocab_size=V, chunk_size=K, latent_dim=Z)
+    backbone = BackboneConfig(dim=16, num_layers=1, num_heads=2, num_kv_heads=2, inner_dim=16)
+    writer = ContextDecoderConfig(dim=16, inner_dim=16, num_layers=1, table_dim=8, use_latent=False)
+    lm = LatentLMConfig(**sizes, backbone=backbone, context_decoder=writer).build(rngs=nnx.Rngs(0))
+    codec = random_model(AutoencoderConfig(**sizes, dim=16, inner_dim=16))
+    arguments = dict(unigram=UNIGRAM, calibration=CALIBRATION, fitted_on="other blocks", num_bytes=100, num_samples=2)
+    report = evaluate_likelihood(NextVector(codec, lm), BLOCKS, DOCUMENT, KEY, **arguments)
+    chunks = jnp.asarray(BLOCKS, jnp.int32).reshape(len(BLOCKS), -1, K)
+    hidden, _ = lm.hidden(chunks[:, :-1])
+    states = lm.context_decoder.teacher_forced(lm.context_decoder.plan(hidden, None), chunks[:, :-1], chunks[:, 1:])[0]
+    probabilities = jax.nn.softmax(states @ lm.context_decoder.table.T)
+    mixed = (1 - report.share) * probabilities + report.share * jnp.asarray(UNIGRAM.probability, jnp.float32)
+    nats = -jnp.log(jnp.take_along_axis(mixed, chunks[:, 1:, :, None], -1)).sum((1, 2, 3))
+    np.testing.assert_allclose(report.nats.total, np.broadcast_to(nats[:, None], (len(BLOCKS), 2)), rtol=1e-4)

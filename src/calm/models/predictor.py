@@ -172,7 +172,8 @@ class NextVector(nnx.Module):
         if writer is None:
             states = self.autoencoder.decode_states(latents)
         else:
-            states = writer.teacher_forced(writer.plan(hidden, latents), previous, targets)
+            plan = writer.plan(hidden, latents if writer.config.use_latent else None)
+            states = writer.teacher_forced(plan, previous, targets)
             states = jnp.broadcast_to(states, (len(latents), *states.shape[1:]))
         wanted = jnp.broadcast_to(targets, states.shape[:-1])
         flat = target_log_prob(states.reshape(-1, states.shape[-1]), self.table, wanted.reshape(-1), self.precision)
