@@ -101,7 +101,7 @@ class ContextDecoder(nnx.Module):
     def table(self) -> Float[Array, "V W"]:
         return self.embedding[...]
 
-    def plan(self, hidden: Float[Array, "*b D"], latents: Float[Array, "S *b Z"] | None) -> Float[Array, "S *b d"]:
+    def plan(self, hidden: Float[Array, "*b D"], latents: Float[Array, "S *b Z"] | None) -> Float[Array, "X *b d"]:
         """What every place of the chunk shares, for each latent; one plan where the decoder reads none."""
         parts = []
         if self.from_hidden is not None:
