@@ -114,8 +114,10 @@ class Planted(nnx.Module):
     def hidden(self, chunks, state=None):
         equal = (chunks[..., None, :] == jnp.asarray(CHUNKS)).all(-1)
         known, place = equal.any(-1), equal.argmax(-1)
-        if self.fault == "prompt alignment":  # a begin id spoils all that follows it
-            known &= jnp.cumsum((chunks == SPECIAL.begin_id).any(-1), axis=1) == 0
+        if self.fault == "prompt alignment":  # a begin id in the prompt, not in the padding, spoils all that follows it
+            starts = jnp.zeros(len(chunks), jnp.int32) if state is None else state.starts
+            of_prompt = jnp.arange(chunks.shape[1]) >= starts[:, None]
+            known &= jnp.cumsum((chunks == SPECIAL.begin_id).any(-1) & of_prompt, axis=1) == 0
         if state is not None:
             if self.fault == "free running" and chunks.shape[1] == 1:
                 known = jnp.zeros_like(known)
