@@ -66,6 +66,9 @@ def test_a_study_runs_each_cell_once_and_goes_on_after_a_failure(tiny_runs, tmp_
     assert scored == ["token", "calm", "calm"]
     assert sorted((tmp_path / "calm" / "seed-0" / "checkpoints").iterdir()) == checkpoints
     assert [(result["cell"], result["seed"], result["steps"]) for result in results] == [("token", 0, 4), ("calm", 0, 4)]
+    longer = [Cell(name="token", run=token_run(tiny_runs), budget=1e12)]
+    with pytest.raises(UsageError, match="was run with other settings of train"):
+        run_cells(longer, tmp_path, seeds=(0,), score=score, say=lambda _: None)
 
 
 def test_a_cell_that_somebody_else_is_at_is_left_to_them(tiny_runs, tmp_path):

@@ -123,6 +123,10 @@ def test_a_term_adds_its_flops():
     for terms in (dict(anchor_weight=1.0), dict(slot_energy_weight=1.0), dict(likelihood_weight=1.0)):
         assert objective(auxiliary_weight=1.0, **terms).flops_per_token() > base
     cheap = objective(PLANLESS, energy_weight=0.0, likelihood_weight=1.0)
+    # without a term that aims at a latent, nothing is encoded
+    target = CODEC.encoder_flops() / K
+    aimed = objective(PLANLESS, energy_weight=0.0, likelihood_weight=1.0, anchor_weight=1.0).flops_per_token()
+    np.testing.assert_allclose(aimed - cheap.flops_per_token(), target + 3 * 2 * 16 * Z / K)
     assert cheap.samples_needed == 0 and cheap.flops_per_token() < objective(WRITER, likelihood_weight=1.0).flops_per_token()
 
 

@@ -59,17 +59,26 @@ def run_cells(
         raise UsageError(f"experiment: two cells have one name: {', '.join(sorted(names))}")
     for seed, cell in itertools.product(seeds, cells):
         folder = cell_folder(out, cell.name, seed)
+        run = sized(with_seed(cell.run, seed), cell.budget)
         if (folder / RESULT).is_file():
+            _require_unchanged(run, folder)
             continue
         with taken(folder) as mine:
             if not mine:
                 say(f"{cell.name} seed {seed}: another process is at it")
             elif not (folder / RESULT).is_file():
-                run = sized(with_seed(cell.run, seed), cell.budget)
                 say(f"{cell.name} seed {seed}: {run.train.steps} steps")
                 train_run(run, folder)
                 write_whole(folder / RESULT, json.dumps(describe(cell.name, seed, run) | score(folder), indent=2) + "\n")
     return read_results(cells, out, seeds)
+
+
+def _require_unchanged(run: Run, folder: Path) -> None:
+    """Raises UsageError where a finished cell was trained otherwise than is asked for now."""
+    held = load_run_config(folder)
+    for part in ("train", "loss"):
+        if getattr(held, part, None) != getattr(run, part, None):
+            raise UsageError(f"{folder}: was run with other settings of {part} (budget, grid or study); choose another --out")
 
 
 def read_results(cells: Sequence[Cell], out: str | Path, seeds: Sequence[int]) -> list[dict[str, Any]]:

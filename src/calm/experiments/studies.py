@@ -129,7 +129,7 @@ def _recipes(place: Place, budget: float | None) -> list[Cell]:
         run = pure_run(place, auxiliary_weight=1.0)
         return dataclasses.replace(run, model=_with(run.model, **parts))
 
-    steps = 300  # about the half of a cell at the budget of docs/results.md
+    steps = 300  # about the half of a cell at a budget of 2.5e13 FLOPs
     runs = {
         "energy": pure_run(place),
         "auxiliary-1": pure_run(place, auxiliary_weight=1.0),

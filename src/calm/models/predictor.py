@@ -149,7 +149,7 @@ class NextVector(nnx.Module):
         if writer is not None:
             plan = writer.plan(hidden, self.lm.head(hidden, noise.latent) if writer.config.use_latent else None)
             plan = jnp.broadcast_to(plan, (len(noise.latent), *plan.shape[1:]))
-            return writer.write(plan, previous, noise.uniforms, table)
+            return writer.write(plan, previous, noise.uniforms if decoding == "drawn" else None, table)
         states = self.autoencoder.decode_states(self.lm.head(hidden, noise.latent))
         scoring = self.table if table is None else table
         if decoding == "argmax":

@@ -36,12 +36,16 @@ class Preset:
     """as in `calm data prepare --tokenizer`"""
     autoencoder: AutoencoderRun
     lm: LatentLMRun
+    token_learning_rate: float | None = None
+    """of the token baseline; None = that of `lm`"""
 
     @property
     def token_lm(self) -> TokenLMRun:
-        """The baseline on the backbone, number of tokens and learning rate of `lm`."""
+        """The baseline on the backbone and number of tokens of `lm`, at its own learning rate."""
         chosen: dict[str, Any] = {"best_metric": "valid/nats_per_token", "best_is": "lowest"}
         model = TokenLMConfig(backbone=self.lm.model.backbone, init_std=self.lm.model.init_std)
+        if self.token_learning_rate is not None:
+            chosen["optimizer"] = dataclasses.replace(self.lm.train.optimizer, learning_rate=self.token_learning_rate)
         return TokenLMRun(model=model, train=dataclasses.replace(self.lm.train, **chosen))
 
 
@@ -118,7 +122,7 @@ def _small(
 
 
 def _written(pure: Preset, name: str, summary: str, *, steps: int, learning_rate: float) -> Preset:
-    """`pure` with the recipe that learns most at this scale (docs/results.md): a context decoder writes the chunk from the
+    """`pure` with the recipe that learns most at this scale (docs/log.md): a context decoder writes the chunk from the
     sampled latent alone, trained by its likelihood; a light energy score over two samples keeps the latents near the
     autoencoder's.
     """
@@ -137,7 +141,8 @@ def _written(pure: Preset, name: str, summary: str, *, steps: int, learning_rate
         best_metric="valid/objective",
     )
     lm = dataclasses.replace(pure.lm, model=model, loss=loss, train=train)
-    return dataclasses.replace(pure, name=name, summary=summary, lm=lm)
+    rate = pure.lm.train.optimizer.learning_rate  # what a decoder inside the chunk likes is too much for a token model
+    return dataclasses.replace(pure, name=name, summary=summary, lm=lm, token_learning_rate=rate)
 
 
 def _with_head(preset: Preset, suffix: str, head: HeadConfig) -> Preset:
@@ -230,13 +235,11 @@ _PRESETS = {
     preset.name: preset
     for preset in (
         _written(_PURE_QUICKSTART, "quickstart", "a model in under five minutes on two cores", steps=2000, learning_rate=6e-3),
-        _written(
-            _PURE_TINY, "wikitext2-tiny", "WikiText-2 in a quarter of an hour on two cores", steps=12_000, learning_rate=6e-3
-        ),
+        _written(_PURE_TINY, "wikitext2-tiny", "WikiText-2, 12 M tokens of training", steps=12_000, learning_rate=6e-3),
         _written(
             _PURE_SMALL,
             "wikitext2-small",
-            "WikiText-2 with a wider, deeper model in half an hour on two cores",
+            "WikiText-2 with a wider, deeper model, 6 M tokens of training",
             steps=6000,
             learning_rate=3e-3,
         ),

@@ -102,7 +102,7 @@ class AutoencoderObjective:
 class LatentLossConfig:
     """Terms of stage 2, over one shared set of S samples. A term of weight 0 costs nothing.
 
-    CALM has the energy alone; the others are what a small model may need beside it, or instead (docs/results.md compares them).
+    CALM has the energy alone; the others are what a small model may need beside it, or instead (docs/log.md says which).
     """
 
     num_samples: int = 8
@@ -113,7 +113,7 @@ class LatentLossConfig:
     """exponent of the energy score, in (0, 2)"""
     fidelity: Fidelity = "second_order"
     energy_weight: float = 1.0
-    """weight of the energy score; the terms below say nothing of the paper's"""
+    """weight of the energy score, the paper's only term"""
     energy_from_step: int = 0
     """step before which the energy term is off, so that the other terms train the backbone first"""
     own_weight: float = 1.0
@@ -326,7 +326,11 @@ class LatentObjective:
                 position += count * (table.decoder_flops() + table.vocabulary_flops())
             else:
                 position += model.writing_flops(count if model.context_decoder.use_latent else 1)
-        encoded = 1 if model.stem == "discrete" else 2  # as a target, and where the stem reads latents
+        # As a target, where a term has one, and where the stem reads latents.
+        aims = (
+            weigh.energy_weight or weigh.anchor_weight or weigh.slot_energy_weight or (self.has_own_loss and weigh.own_weight)
+        )
+        encoded = bool(aims) + (model.stem != "discrete")
         return (3 * position + encoded * table.encoder_flops()) / model.chunk_size
 
 
