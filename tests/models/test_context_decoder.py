@@ -96,6 +96,8 @@ def test_the_predictor_writes_by_the_context_decoder(use_latent):
     first, second = (sample_chunks(model, jax.random.key(2), hidden, chunk, 5, decoding="drawn") for chunk in (one, other))
     assert first.shape == (5, 7, K) and (first != second).any()
     noise = model.draw_noise(jax.random.key(3), (5, 7), "drawn")
+    greedy = [model.write(hidden, one, given) for given in (noise, noise._replace(uniforms=None))]
+    np.testing.assert_array_equal(*greedy)  # the most probable tokens, whatever noise there is
     moved = noise._replace(latent=noise.latent + 1.0)
     changed = (model.write(hidden, one, noise, decoding="drawn") != model.write(hidden, one, moved, decoding="drawn")).any()
     assert changed == use_latent
