@@ -1,13 +1,16 @@
 """Causal grouped-query attention with a key-value state."""
 
+import dataclasses
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
-from calm.nn.dense import Dense, Precision, dense_flops, operand
+from calm.errors import UsageError
+from calm.nn.dense import Dense, Precision, operand
+from calm.nn.mixer import Fork, Window
 from calm.nn.rotary import rotate
 
 
@@ -19,30 +22,6 @@ class AttentionState(NamedTuple):
 
     keys: Float[Array, "B G P C"]
     values: Float[Array, "B G P C"]
-
-
-class Window(NamedTuple):
-    """Where a block of positions stands in its sequence.
-
-    `offset` positions came before the block. Row b begins at `starts[b]`: positions before it are left padding, never
-    attended to, and rotary positions count from it, so a padded row computes what it would compute alone.
-    """
-
-    offset: Int[Array, ""]
-    starts: Int[Array, "B"]
-
-    def positions(self, length: int) -> Int[Array, "B N"]:
-        return self.offset + jnp.arange(length)[None, :] - self.starts[:, None]
-
-    def mask(self, length: int, context: int) -> Bool[Array, "B 1 N P"]:
-        """Query i of the block may see key j: from the start of its row, and not from the future."""
-        keys = jnp.arange(context)[None, None, :]
-        queries = self.offset + jnp.arange(length)[None, :, None]
-        return ((keys <= queries) & (keys >= self.starts[:, None, None]))[:, None]
-
-    def after(self, length: int) -> "Window":
-        """The window behind a block of `length` positions."""
-        return self._replace(offset=self.offset + length)
 
 
 class BranchKeys(NamedTuple):
@@ -62,28 +41,30 @@ class ForkedState(NamedTuple):
     own: BranchKeys
 
 
-class Fork(NamedTuple):
-    """Where the branches of a `ForkedState` stand: a block of R positions is the next position of every branch.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AttentionConfig:
+    """Sizes of the attention (`calm.nn.mixer.MixerConfig`)."""
 
-    Branch r has read `ends[r]` positions of the trunk, and `depth` of its own behind them. `starts` is that of the trunk.
-    """
+    num_heads: int = 4
+    num_kv_heads: int = 4
+    rope_theta: float = 10_000.0
+    init_std: float | None = None
 
-    ends: Int[Array, "R"]
-    depth: Int[Array, ""]
-    starts: Int[Array, "B"]
+    def __post_init__(self) -> None:
+        if min(self.num_heads, self.num_kv_heads) < 1:
+            raise UsageError("attention: num_heads and num_kv_heads must be at least 1")
+        if self.num_heads % self.num_kv_heads:
+            raise UsageError(f"attention: num_kv_heads={self.num_kv_heads} must divide num_heads={self.num_heads}")
 
-    def positions(self, length: int) -> Int[Array, "B R"]:
-        return (self.ends + self.depth)[None, :] - self.starts[:, None]
+    def build(self, dim: int, *, rngs: nnx.Rngs, precision: Precision = "float32") -> "CausalAttention":
+        return CausalAttention(dim, **dataclasses.asdict(self), precision=precision, rngs=rngs)
 
-    def masks(self, context: int, capacity: int) -> tuple[Bool[Array, "B 1 1 R P"], Bool[Array, "X"]]:
-        """Which positions of the trunk each branch sees, and which of its own."""
-        keys = jnp.arange(context)
-        trunk = (keys < self.ends[:, None])[None] & (keys >= self.starts[:, None])[:, None]
-        return trunk[:, None, None], jnp.arange(capacity) <= self.depth
+    def parameters(self, dim: int) -> int:
+        return 2 * dim * (dim + dim // self.num_heads * self.num_kv_heads)
 
-    def after(self, length: int) -> "Fork":
-        """Every branch has read one more position."""
-        return self._replace(depth=self.depth + 1)
+    def flops(self, dim: int, context: int) -> int:
+        """Forward FLOPs of one position that attends to `context` positions (masked ones are computed and counted)."""
+        return 2 * self.parameters(dim) + 4 * context * dim
 
 
 class CausalAttention(nnx.Module):
@@ -109,7 +90,8 @@ class CausalAttention(nnx.Module):
         self.qkv = Dense(dim, width, init_std=init_std, precision=precision, rngs=rngs)
         self.out = Dense(num_heads * self.head_dim, dim, init_std=init_std, precision=precision, rngs=rngs)
 
-    def init_state(self, batch: int, context: int) -> AttentionState:
+    def init_state(self, batch: int, context: int, *, rewindable: bool = False) -> AttentionState:
+        """Keys and values yet to be written; rewindable by nature."""
         # On CPU a bfloat16 state is rewritten as a whole at every step and widened again for the products: it is kept in
         # float32, holding rounded values.
         dtype = jnp.bfloat16 if self.precision == "bfloat16" and jax.default_backend() != "cpu" else jnp.float32
@@ -144,11 +126,17 @@ class CausalAttention(nnx.Module):
         mixed = jax.nn.dot_product_attention(query, key, value, mask=window.mask(length, key.shape[1]))
         return self.out(mixed.astype(jnp.float32).reshape(batch, length, -1)), state
 
-    @staticmethod
-    def flops(dim: int, num_heads: int, num_kv_heads: int, context: int) -> int:
-        """Forward FLOPs of one position that attends to `context` positions (masked ones are computed and counted)."""
-        kv_dim = dim // num_heads * num_kv_heads
-        return dense_flops(dim, dim + 2 * kv_dim) + 4 * context * dim + dense_flops(dim, dim)
+    def fork(self, state: AttentionState, ends: Int[Array, "A"], num_branches: int, capacity: int) -> ForkedState:
+        """Branches that share what was read, each with room for its own positions. Shared-prefix attention as in Hydragen
+        (Juravsky et al. 2024, arXiv:2402.05099); here the prefixes are all those of one sequence.
+        """
+        batch, groups, _, width = state.keys.shape
+        own = jnp.zeros((batch, groups, len(ends) * num_branches, capacity, width), state.keys.dtype)
+        return ForkedState(state, BranchKeys(own, own))
+
+    def rewind(self, state: AttentionState, position: int | Int[Array, ""]) -> AttentionState:
+        """As it is: keys behind the window's offset are not seen, and written over."""
+        return state
 
 
 def _branch_attention(

@@ -9,8 +9,9 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from calm.errors import UsageError
-from calm.nn.attention import AttentionState, BranchKeys, CausalAttention, Fork, ForkedState, Window
+from calm.nn.attention import AttentionConfig, AttentionState, BranchKeys, CausalAttention, ForkedState
 from calm.nn.dense import Precision
+from calm.nn.mixer import Fork, Window
 from calm.nn.mlp import SwiGLU
 from calm.nn.stack import Stack
 
@@ -49,7 +50,7 @@ class BackboneConfig:
 
     def flops(self, context: int) -> int:
         """Forward FLOPs of one position in a sequence of `context` positions."""
-        attention = CausalAttention.flops(self.dim, self.num_heads, self.num_kv_heads, context)
+        attention = AttentionConfig(num_heads=self.num_heads, num_kv_heads=self.num_kv_heads).flops(self.dim, context)
         return self.num_layers * (attention + SwiGLU.flops(self.dim, self.inner_dim))
 
 
