@@ -5,7 +5,7 @@ one module with one configuration, and a backbone is made of them by letters (`c
 or residuals; those belong to the block around it.
 """
 
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax.numpy as jnp
 from flax import nnx
@@ -63,6 +63,7 @@ class Fork(NamedTuple):
         return self._replace(depth=self.depth + 1)
 
 
+@runtime_checkable
 class Mixer(Protocol):
     """A module `(hidden, state, window) -> (mixed, state)`, causal, in four equal modes: the whole sequence (no state), a block
     of positions, one step, and one step of many branches of a sequence.
@@ -94,6 +95,7 @@ class Mixer(Protocol):
         ...
 
 
+@runtime_checkable
 class MixerConfig(Protocol):
     """A frozen keyword-only dataclass that validates in `__post_init__`."""
 
