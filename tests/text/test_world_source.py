@@ -55,7 +55,7 @@ def test_another_draw_is_other_text_of_the_same_language(data, tmp_path):
         ("world:markov:words", "auto", "KEY=VALUE"),
         ("world:markov:tokens=0", "auto", "tokens >= 1"),
         ("world:grammar:words=3", "auto", "unknown setting 'words'"),
-        ("novel.txt", "words", "world:NAME"),
+        ("novel.txt", "word", "bytes, bpe:SIZE, words"),
     ],
 )
 def test_bad_names_are_one_line(tmp_path, monkeypatch, source, tokenizer, words):

@@ -19,8 +19,8 @@ class DataPrepare:
     out: Path
     """the folder to fill"""
     tokenizer: str = "auto"
-    """bytes, bpe:SIZE (trained on the train split), words (of a world), a tokenizer.json, or a tiktoken rank file;
-    auto = words for a world, else bpe:8192"""
+    """bytes; bpe:SIZE or words[:SIZE], trained on the train split (words as WikiText counts them; of a world, its own);
+    a tokenizer.json; a tiktoken rank file; auto = words for a world, else bpe:8192"""
     field: str = "text"
     """where .jsonl, .parquet and hub records hold their text"""
     separator: str | None = None

@@ -2,7 +2,7 @@
 
 Steps, each recorded in a journal when it is done:
   1. scan     read the source once: checksum, counts, is it text (a hub data set is streamed and not scanned)
-  2. train    byte-level BPE on an even sample of the train split, at most SAMPLE characters
+  2. train    byte-level BPE on an even sample of the train split, at most SAMPLE characters; a word vocabulary on all of it
   3. encode   pieces in batches; every few batches the shards are synced and the journal says how far they count
 The manifest is written last: a folder with a manifest is complete. The tokens of a piece depend on nothing but the piece, so
 an interrupted and resumed run ends in the same bytes as one that was left alone.
@@ -28,10 +28,13 @@ from calm.text.tokenizer import (
     WORDS,
     Tokenizer,
     bpe_size,
+    is_trained,
     load_tokenizer,
     require_same_tokenizer,
     train_bpe,
+    train_words,
     word_tokenizer,
+    words_size,
 )
 from calm.text.writer import SplitWriter, remove_prepared, write_whole
 
@@ -77,8 +80,8 @@ def prepare(
 
     Args:
       source: pydoc, a file, a folder, hf:NAME[:SUBSET], world:NAME[:SETTINGS] (`calm.text.corpus`).
-      tokenizer: bytes, bpe:SIZE (trained on the train split), a tokenizer.json, a tiktoken rank file, or words, one id each
-        (of a world); auto is words for a world and bpe:8192 for all else.
+      tokenizer: bytes, bpe:SIZE (trained on the train split), words or words:SIZE (all words of the train split, or the most
+        frequent ones; of a world, its own), a tokenizer.json, a tiktoken rank file; auto is words for a world, else bpe:8192.
       field, separator, prompt_field: where records hold their text; what separates documents in a .txt; where .jsonl records
         hold a prompt before their text (it is stored, and marked as such: `calm.text.prompted`).
       valid, test: shares held out when no file name says the split.
@@ -99,8 +102,6 @@ def prepare(
         check_shares(valid, test)
         opened = open_source(source, field=field, separator=separator, prompt_field=prompt_field)
         tokenizer = opened.tokenizer if str(tokenizer) == AUTO else tokenizer
-        if str(tokenizer) == WORDS and not opened.words:
-            load_tokenizer(tokenizer)
         out.mkdir(parents=True, exist_ok=True)
         if overwrite:
             remove_prepared(out, NAMES)
@@ -262,19 +263,20 @@ class _Job:
             tokenizer = load_tokenizer(path)
             require_same_tokenizer(tokenizer.fingerprint, self.journal["tokenizer"], f"data {path}")
             return tokenizer
-        size = bpe_size(self.spec)
-        if str(self.spec) == WORDS:
+        if str(self.spec) == WORDS and self.source.words:
             tokenizer = word_tokenizer(self.source.words)
         else:
-            tokenizer = load_tokenizer(self.spec) if size is None else self._train(plan, size, scanned["characters"])
+            tokenizer = self._train(plan, scanned["characters"]) if is_trained(self.spec) else load_tokenizer(self.spec)
         tokenizer.save(path)
         self._record(tokenizer=tokenizer.fingerprint)
         return tokenizer
 
-    def _train(self, plan: SplitPlan, size: int, characters: int | None) -> Tokenizer:
-        share = min(1.0, SAMPLE / characters) if characters else 1.0
-        sample = min(SAMPLE, characters or SAMPLE)
-        with Progress("train", sample, quiet=self.quiet) as progress:
+    def _train(self, plan: SplitPlan, characters: int | None) -> Tokenizer:
+        """A BPE from an even sample of the train split; words from the whole of it, each of which may bring a new one."""
+        merges, words = bpe_size(self.spec), words_size(self.spec)
+        most = SAMPLE if merges is not None else sys.maxsize
+        share = min(1.0, most / characters) if characters else 1.0
+        with Progress("train", min(most, characters) if characters else None, quiet=self.quiet) as progress:
 
             def texts() -> Iterator[str]:
                 taken = 0
@@ -285,12 +287,14 @@ class _Job:
                         taken += len(item.text)
                         progress.advance(len(item.text))
                         yield item.text
-                    if taken >= SAMPLE:
+                    if taken >= most:
                         return
 
-            trained = train_bpe(texts(), size)
-        if trained.vocab_size < size:
-            self._say(f"tokenizer: the text holds merges for {trained.vocab_size} of {size} ids")
+            trained = train_words(texts(), words) if merges is None else train_bpe(texts(), merges)
+        size = merges or words
+        if size is not None and trained.vocab_size < size:
+            what = "merges" if merges else "words"
+            self._say(f"tokenizer: the text holds {what} for {trained.vocab_size} of {size} ids")
         return trained
 
     # -- 3. encode ----------------------------------------------------------------------------------------------------
@@ -374,7 +378,7 @@ def _batches(walk: Iterator[tuple[Cursor, list[Labelled]]]) -> Iterator[list[tup
 
 def _made(tokenizer: str | Path) -> bool:
     """Whether the tokenizer comes from the source, not from a file."""
-    return str(tokenizer) in (AUTO, WORDS) or bpe_size(tokenizer) is not None
+    return str(tokenizer) == AUTO or is_trained(tokenizer)
 
 
 def _plain(value: Any) -> Any:

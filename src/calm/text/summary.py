@@ -3,14 +3,19 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from calm.text.shards import Split, open_data
 from calm.text.tokenizer import Tokenizer
+
+_READ = 1 << 22
 
 
 def summarize(folder: str | Path, *, examples: int = 2, length: int = 200) -> dict[str, Any]:
     """Counts for each split, bytes per token, and the decoded starts of a few documents spread over it.
 
-    Bytes per token counts text bytes over the tokens that are text (without the end ids). `length` is in tokens.
+    Bytes per token counts text bytes over the tokens that are text (without the end ids). `length` is in tokens. Of a
+    tokenizer with an id for unknown words, `unknown` is its share of a split's tokens.
     """
     data = open_data(folder)
     splits: dict[str, dict[str, Any]] = {}
@@ -22,6 +27,7 @@ def summarize(folder: str | Path, *, examples: int = 2, length: int = 200) -> di
             "bytes": entry["bytes"],
             "bytes_per_token": entry["bytes"] / max(entry["tokens"] - entry["documents"], 1),
             "shards": len(entry["shards"]),
+            "unknown": _unknown(split, data.tokenizer.unknown_id),
             "examples": _examples(split, data.tokenizer, examples, length),
         }
     manifest = data.manifest
@@ -39,10 +45,12 @@ def show_summary(summary: dict[str, Any]) -> str:
     """The same for a reader."""
     source, tokenizer, held_out = summary["source"], summary["tokenizer"], summary["held_out"]
     stamps = " ".join(str(source[key]) for key in ("python", "revision") if source.get(key))
-    rows = [["split", "documents", "tokens", "bytes", "bytes/token", "shards"]]
+    words = any(split["unknown"] is not None for split in summary["splits"].values())
+    rows = [["split", "documents", "tokens", "bytes", "bytes/token", "shards", *(["unknown words"] if words else [])]]
     for name, split in summary["splits"].items():
         counts = [f"{split[key]:,}" for key in ("documents", "tokens", "bytes")]
         rows.append([name, *counts, f"{split['bytes_per_token']:.3f}", str(split["shards"])])
+        rows[-1] += [f"{split['unknown']:.2%}"] if words else []
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = [
         f"data       {summary['folder']}",
@@ -65,6 +73,15 @@ def show_summary(summary: dict[str, Any]) -> str:
         for example in split["examples"]:
             lines += ["", f"--- {name}, document {example['document']}", example["text"]]
     return "\n".join(lines)
+
+
+def _unknown(split: Split, unknown_id: int | None) -> float | None:
+    """Share of the tokens that stand for a word which the vocabulary lacks, or which the text itself spells so."""
+    if unknown_id is None:
+        return None
+    starts = range(0, split.num_tokens, _READ)
+    found = sum(np.count_nonzero(split.read(start, min(_READ, split.num_tokens - start)) == unknown_id) for start in starts)
+    return found / split.num_tokens
 
 
 def _examples(split: Split, tokenizer: Tokenizer, count: int, length: int) -> list[dict[str, Any]]:

@@ -1,7 +1,7 @@
 """Tokenizers: text <-> ids, with the three special tokens of this library and a fingerprint.
 
-Three kinds, one interface: raw bytes; any Hugging Face `tokenizer.json` (our own byte-level BPE among them); a tiktoken rank
-file (extra `tiktoken`). Each knows `<|begin|>` (fills the front of a prompt's first chunk), `<|end|>` (follows every document)
+Three kinds, one interface: raw bytes; any Hugging Face `tokenizer.json` (our own byte-level BPE and word level among them); a
+tiktoken rank file (extra `tiktoken`). Each knows `<|begin|>` (fills the front of a prompt's first chunk), `<|end|>` (follows every document)
 and `<|mask|>` (what a masked token becomes in the autoencoder). A file that lacks them gets them appended behind its own ids;
 Llama 3's `<|begin_of_text|>` and `<|end_of_text|>` are taken for begin and end, as the published CALM models use them.
 
@@ -17,7 +17,7 @@ import json
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import tokenizers
@@ -25,11 +25,14 @@ from jaxtyping import Int
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from calm.errors import UsageError, require_extra
+from calm.text.words import vocabulary, word_level
 
 BEGIN, END, MASK = SPECIALS = ("<|begin|>", "<|end|>", "<|mask|>")
 _ALSO = {BEGIN: "<|begin_of_text|>", END: "<|end_of_text|>"}
-KINDS = "bytes, bpe:SIZE, words (of a world), a tokenizer.json or a tiktoken rank file"
+KINDS = "bytes, bpe:SIZE, words, words:SIZE, a tokenizer.json or a tiktoken rank file"
 WORDS = "words"
+Level = Literal["byte", "subword", "word"]
+"""what a token is, which decides how a perplexity is to be read (`calm.metrics.perplexity`)"""
 
 # The split pattern of Llama 3 and cl100k; a rank file does not say its own.
 RANK_PATTERN = (
@@ -39,8 +42,12 @@ RANK_PATTERN = (
 
 
 class Tokenizer(abc.ABC):
-    """Text <-> ids. `vocab_size` counts every id, the specials too; ids are int32 arrays."""
+    """Text <-> ids. `vocab_size` counts every id, the specials too; ids are int32 arrays. `unknown_id` stands for every word that
+    the vocabulary lacks; None where nothing can be lacking.
+    """
 
+    level: Level = "subword"
+    unknown_id: int | None = None
     vocab_size: int
     begin_id: int
     end_id: int
@@ -83,6 +90,7 @@ class Tokenizer(abc.ABC):
 class ByteTokenizer(Tokenizer):
     """One id a byte of UTF-8 (0..255), then begin, end, mask (256..258)."""
 
+    level = "byte"
     vocab_size, begin_id, end_id, mask_id = 259, 256, 257, 258
 
     def encode_batch(self, texts: Sequence[str]) -> list[Int[np.ndarray, "T"]]:
@@ -116,6 +124,8 @@ class FileTokenizer(Tokenizer):
         vocabulary = inner.get_vocab(with_added_tokens=True)
         self.vocab_size = 1 + max(vocabulary.values())
         self.begin_id, self.end_id, self.mask_id = (vocabulary[names[name]] for name in SPECIALS)
+        if isinstance(inner.model, models.WordLevel):
+            self.level, self.unknown_id = "word", inner.token_to_id(inner.model.unk_token)
 
     def encode_batch(self, texts: Sequence[str]) -> list[Int[np.ndarray, "T"]]:
         encodings = self._inner.encode_batch_fast(list(texts), add_special_tokens=False)
@@ -172,14 +182,12 @@ def load_tokenizer(spec: str | Path) -> Tokenizer:
     """ "bytes", a tokenizer.json (or a folder that holds one) or a tiktoken rank file.
 
     Raises:
-      UsageError: no such file, neither format, or a "bpe:SIZE", which has to be trained first (`calm data prepare` does).
+      UsageError: no such file, neither format, or a "bpe:SIZE" or "words", trained by `calm data prepare` first.
       MissingExtraError: a rank file without the package tiktoken.
     """
     if str(spec) == "bytes":
         return ByteTokenizer()
-    if str(spec) == WORDS:
-        raise UsageError("tokenizer words: it belongs to a source whose words are known (world:NAME); give another")
-    if bpe_size(spec) is not None:
+    if is_trained(spec):
         raise UsageError(f"tokenizer {spec}: it must be trained on a corpus first; give the tokenizer.json of prepared data")
     path = Path(spec)
     path = path / "tokenizer.json" if path.is_dir() else path
@@ -203,17 +211,31 @@ def load_tokenizer(spec: str | Path) -> Tokenizer:
     return ByteTokenizer() if _is_bytes(inner) else FileTokenizer(inner)
 
 
+def is_trained(spec: str | Path) -> bool:
+    """Whether a spec names a tokenizer that is made from a corpus: "bpe:SIZE", "words" or "words:SIZE"."""
+    return bpe_size(spec) is not None or str(spec) == WORDS or words_size(spec) is not None
+
+
 def bpe_size(spec: str | Path) -> int | None:
     """ "bpe:8192" -> 8192; None for any other spec."""
-    if not str(spec).startswith("bpe:"):
+    return _size_in(spec, "bpe:", 256 + len(SPECIALS), "256 bytes and 3 specials")
+
+
+def words_size(spec: str | Path) -> int | None:
+    """ "words:10k" -> 10000; None for any other spec, "words" (all of them) included."""
+    return _size_in(spec, f"{WORDS}:", 3 + len(SPECIALS), "<unk>, the line end, a word and 3 specials")
+
+
+def _size_in(spec: str | Path, prefix: str, least: int, why: str) -> int | None:
+    if not str(spec).startswith(prefix):
         return None
-    digits = str(spec)[4:].lower().replace("_", "")
+    digits = str(spec)[len(prefix) :].lower().replace("_", "")
     scale = 1000 if digits.endswith("k") else 1
     if not digits.removesuffix("k").isdigit():
-        raise UsageError(f"tokenizer {spec}: the size must be a whole number, as in bpe:8192")
+        raise UsageError(f"tokenizer {spec}: the size must be a whole number, as in {prefix}8192")
     size = int(digits.removesuffix("k")) * scale
-    if size < 256 + len(SPECIALS):
-        raise UsageError(f"tokenizer {spec}: the size must be at least {256 + len(SPECIALS)} (256 bytes and 3 specials)")
+    if size < least:
+        raise UsageError(f"tokenizer {spec}: the size must be at least {least} ({why})")
     return size
 
 
@@ -232,6 +254,16 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     blank = _byte_level(models.BPE())
     blank.train_from_iterator(texts, trainer)
     return FileTokenizer(blank)
+
+
+def train_words(texts: Iterable[str], vocab_size: int | None = None) -> Tokenizer:
+    """Word level by the rule of WikiText (`calm.text.words`): all words of the texts, or the most frequent ones.
+
+    `vocab_size` counts every id, `<unk>`, the line end and the three specials among them. Deterministic in the texts.
+    """
+    if vocab_size is not None:
+        words_size(f"{WORDS}:{vocab_size}")
+    return FileTokenizer(word_level(vocabulary(texts, None if vocab_size is None else vocab_size - len(SPECIALS))))
 
 
 def word_tokenizer(words: Sequence[str]) -> Tokenizer:
