@@ -30,6 +30,7 @@ from calm.train.evaluate import evaluate_autoencoder, text_protocol
 from calm.train.loop import TrainResult, train
 from calm.train.mesh import initialize_distributed
 from calm.train.objective import AutoencoderLossConfig, AutoencoderObjective, LatentLossConfig, LatentObjective
+from calm.train.protocol import Evaluate, Measured
 from calm.train.run_folder import RunFolder, best_step
 from calm.train.settings import TrainConfig, settle_precision
 from calm.train.token_objective import TokenObjective
@@ -140,7 +141,7 @@ def train_lm(
 
     validate = validator(objective, counted_blocks(data, run, blocks), evaluation_key(run), run.train.steps)
 
-    def evaluate(params: Any, step: int) -> dict[str, float]:
+    def evaluate(params: Any, step: int) -> dict[str, Measured]:
         predictor = NextVector(autoencoder, objective.module(params))
         options: dict[str, Any] = dict(begin_id=data.tokenizer.begin_id, decoding=predictor.decoding, text=text)
         return validate(params) | evaluate_predictor(predictor, blocks, documents, evaluation_key(run), **options).scalars()
@@ -220,7 +221,7 @@ def run_training(
     quiet: bool,
     attach: Callable[[], None],
     *,
-    evaluate: Callable[[Any, int], dict[str, float]],
+    evaluate: Evaluate,
     sample: Callable[[Any, int], str] | None = None,
     start: StartingPoint | None = None,
 ) -> TrainResult:

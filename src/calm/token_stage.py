@@ -25,6 +25,7 @@ from calm.stages import (
 )
 from calm.text.tokenizer import Tokenizer
 from calm.train.mesh import initialize_distributed
+from calm.train.protocol import Measured
 from calm.train.settings import settle_precision
 from calm.train.token_likelihood import token_likelihood
 from calm.train.token_objective import TokenObjective
@@ -47,7 +48,7 @@ def train_token_lm(
     blocks, documents = validation_blocks(data, run.train.num_tokens, "valid", MAX_VALIDATION_TOKENS)
     validate = validator(objective, counted_blocks(data, run, blocks), evaluation_key(run), run.train.steps)
 
-    def evaluate(params: Any, step: int) -> dict[str, float]:
+    def evaluate(params: Any, step: int) -> dict[str, Measured]:
         nats = token_likelihood(objective.module(params), blocks, documents)
         return validate(params) | {"nats_per_token": float(nats.means[0])}
 

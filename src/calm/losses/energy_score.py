@@ -58,6 +58,22 @@ def energy_loss(
         alpha: exponent in (0, 2). The paper trains with 1; at 2 the score no longer sees more than the mean.
         fidelity: see the module.
     """
+    fidelity_part, diversity_part = energy_parts(samples, posterior, key, num_draws=num_draws, alpha=alpha, fidelity=fidelity)
+    return 2 * fidelity_part - diversity_part
+
+
+def energy_parts(
+    samples: Float[Array, "S *b Z"],
+    posterior: Gaussian,
+    key: PRNGKey,
+    *,
+    num_draws: int = 100,
+    alpha: float = 1.0,
+    fidelity: Fidelity = "second_order",
+) -> tuple[Float[Array, "*b"], Float[Array, "*b"]]:
+    """E|x - y|^alpha and E|x - x'|^alpha at every position: fidelity and diversity. The loss is twice the first minus the
+    second. Arguments as of `energy_loss`.
+    """
     if samples.shape[0] < 2:
         raise UsageError(f"the energy loss needs at least 2 samples of the model, got S={samples.shape[0]}")
     if not 0.0 < alpha < 2.0:
@@ -68,27 +84,27 @@ def energy_loss(
     target = Gaussian(posterior.mean.reshape(flat.shape[1:]), posterior.log_std.reshape(flat.shape[1:]))
     if fidelity == "draws":
         eps = jax.random.normal(key, (num_draws, *flat.shape[1:]), flat.dtype)
-        return plain_energy_loss(
-            samples, posterior.mean + posterior.std * eps.reshape(num_draws, *samples.shape[1:]), alpha=alpha
-        )
-    eps = jax.random.normal(key, (num_draws, flat.shape[-1]), flat.dtype)
-    if fidelity == "shared_draws":
-        fidelities = fidelity_shared_draws(flat, target, eps, alpha)
+        fidelities = _between(flat, target.mean + target.std * eps, alpha).mean((0, 1))
     else:
-        fidelities = fidelity_second_order(flat, target, eps, alpha)
-    return (2 * fidelities - diversity(flat, alpha)).reshape(samples.shape[1:-1])
+        eps = jax.random.normal(key, (num_draws, flat.shape[-1]), flat.dtype)
+        expected = fidelity_shared_draws if fidelity == "shared_draws" else fidelity_second_order
+        fidelities = expected(flat, target, eps, alpha)
+    shape = samples.shape[1:-1]
+    return fidelities.reshape(shape), diversity(flat, alpha).reshape(shape)
+
+
+def _between(a: Float[Array, "S *b Z"], b: Float[Array, "M *b Z"], alpha: float) -> Float[Array, "S M *b"]:
+    """|a - b|^alpha of all pairs."""
+    return distance(jnp.square(a[:, None] - b[None]).sum(-1), alpha)
 
 
 def plain_energy_loss(
     samples: Float[Array, "S *b Z"], targets: Float[Array, "M *b Z"], *, alpha: float = 1.0
 ) -> Float[Array, "*b"]:
     """The definition, term by term: the reference for the fast forms. The diagonal of x - x' counts for nothing."""
-
-    def pairs(a: Array, b: Array) -> Array:
-        return distance(jnp.square(a[:, None] - b[None]).sum(-1), alpha)
-
     num_samples = samples.shape[0]
-    return 2 * pairs(samples, targets).mean((0, 1)) - pairs(samples, samples).sum((0, 1)) / (num_samples * (num_samples - 1))
+    others = _between(samples, samples, alpha).sum((0, 1)) / (num_samples * (num_samples - 1))
+    return 2 * _between(samples, targets, alpha).mean((0, 1)) - others
 
 
 def fidelity_shared_draws(

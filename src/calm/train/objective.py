@@ -1,8 +1,6 @@
 """What training minimises, for both stages: weighted terms, each logged under its own name."""
 
 import dataclasses
-import math
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -12,12 +10,12 @@ from jaxtyping import Array, Float, Int
 
 from calm.autoencoder import Autoencoder, AutoencoderConfig
 from calm.errors import UsageError
-from calm.heads import ChunkPredictor
-from calm.losses import Fidelity, clipped_kl, diversity, energy_loss, fused_cross_entropy, target_log_prob
-from calm.losses.energy_score import distance
+from calm.heads import ChunkPredictor, GatedEnergyHead, GatedEnergyHeadConfig
+from calm.losses import DirectionFrom, Fidelity, clipped_kl, direction_loss, energy_parts, fused_cross_entropy
 from calm.models import LatentLM, LatentLMConfig
 from calm.nn.dense import Dense, Precision, dense_flops
 from calm.rng import PRNGKey, stream
+from calm.train.latent_terms import gate_measures, head_loss, log_mean_nats, slot_energy
 from calm.train.response_mask import split_mask, target_weights
 
 Terms = dict[str, Float[Array, ""]]
@@ -131,6 +129,10 @@ class LatentLossConfig:
     """how many of the S samples that mean is over"""
     slot_energy_weight: float = 0.0
     """weight of an energy score for each token slot, in the autoencoder's hidden states before the logits"""
+    direction_weight: float = 0.0
+    """weight of 1 - cos between predicted and true displacement, to the next posterior mean (calm.losses.direction)"""
+    direction_from: DirectionFrom = "previous"
+    """what displacements start at: the posterior mean of the chunk before, or the noise of a gated head"""
 
     def __post_init__(self) -> None:
         if self.num_samples < 2:
@@ -146,6 +148,7 @@ class LatentLossConfig:
             "anchor_weight",
             "likelihood_weight",
             "slot_energy_weight",
+            "direction_weight",
         )
         for name in (*weights, "auxiliary_decay_steps", "energy_from_step"):
             if getattr(self, name) < 0:
@@ -198,7 +201,10 @@ class LatentObjective:
         loss, writer = self.terms, self.model.context_decoder
         if writer is not None and not loss.likelihood_weight:
             raise UsageError("loss.likelihood_weight must be above 0: nothing else trains the context decoder")
-        head_trains = loss.energy_weight or loss.slot_energy_weight or (self.has_own_loss and loss.own_weight)
+        if loss.direction_weight and loss.direction_from == "noise" and not isinstance(self.model.head, GatedEnergyHeadConfig):
+            raise UsageError('loss.direction_from="noise" needs a head of kind GatedEnergyHeadConfig; others take "previous"')
+        by_samples = loss.energy_weight or loss.slot_energy_weight or loss.direction_weight
+        head_trains = by_samples or (self.has_own_loss and loss.own_weight)
         by_likelihood = loss.likelihood_weight and (writer is None or writer.use_latent)
         if not head_trains and not by_likelihood and (writer is None or writer.use_latent):
             raise UsageError("loss: no term trains the head; raise energy_weight, own_weight or likelihood_weight")
@@ -206,9 +212,12 @@ class LatentObjective:
     @property
     def warnings(self) -> tuple[str, ...]:
         """What is allowed and likely to go wrong, in words; said when a run begins."""
-        if self.terms.energy_weight and self.terms.alpha < 1:
-            return (f"loss.alpha={self.terms.alpha} is below 1: the score's slope grows without bound where samples meet",)
-        return ()
+        said, loss = [], self.terms
+        if loss.energy_weight and loss.alpha < 1:
+            said.append(f"loss.alpha={loss.alpha} is below 1: the score's slope grows without bound where samples meet")
+        if loss.direction_weight and not (loss.energy_weight or loss.likelihood_weight):
+            said.append("loss.direction_weight without energy_weight turns latents and leaves their length free")
+        return tuple(said)
 
     @property
     def divergence_hint(self) -> str:
@@ -238,7 +247,7 @@ class LatentObjective:
     def samples_needed(self) -> int:
         """How many samples of the head a step draws."""
         writer, loss = self.model.context_decoder, self.terms
-        if loss.energy_weight or loss.slot_energy_weight:
+        if loss.energy_weight or loss.slot_energy_weight or loss.direction_weight:
             return loss.num_samples
         return loss.likelihood_samples if loss.likelihood_weight and (writer is None or writer.use_latent) else 0
 
@@ -258,14 +267,20 @@ class LatentObjective:
         hidden, _ = lm.hidden(chunks[:, :-1], autoencoder=autoencoder)
         terms: Terms = {}
         loss = jnp.float32(0)
-        samples = jnp.zeros((0, *posterior.mean.shape))
+        samples = noise = jnp.zeros((0, *posterior.mean.shape))
         if self.samples_needed:
-            samples = lm.sample(stream(key, "head"), hidden, self.samples_needed)
-        if weigh.energy_weight:
+            noise = lm.head.draw_noise(stream(key, "head"), (self.samples_needed, *hidden.shape[:-1]))
+            samples = lm.head(hidden, noise)
+        if weigh.energy_weight or weigh.direction_weight:  # beside a direction term alone it is measured
             sizes = dict(num_draws=weigh.num_draws, alpha=weigh.alpha, fidelity=weigh.fidelity)
-            energy = energy_loss(samples, posterior, stream(key, "targets"), **sizes)
-            terms["energy"] = mean(energy)
-            loss += weigh.energy_weight_at(step) * terms["energy"]
+            fidelity, diversity = energy_parts(samples, posterior, stream(key, "targets"), **sizes)
+            terms |= {"fidelity": mean(fidelity), "diversity": mean(diversity), "fidelity_at": fidelity.mean(0)}
+            terms["energy"] = mean(2 * fidelity - diversity)
+            loss += weigh.energy_weight_at(step) * terms["energy"] if weigh.energy_weight else 0
+        if weigh.direction_weight:
+            origin = self._origin(autoencoder, lm, noise, chunks, posterior.mean)
+            terms["direction"] = mean(direction_loss(samples, posterior.mean, origin))
+            loss += weigh.direction_weight * terms["direction"]
         if self.has_own_loss and weigh.own_weight:
             terms["own"] = mean(head_loss(lm.head)(stream(key, "own"), hidden, posterior))
             loss += weigh.own_weight * terms["own"]
@@ -285,7 +300,17 @@ class LatentObjective:
             some = samples[: weigh.likelihood_samples]
             terms["likelihood"] = self._likelihood(autoencoder, lm, hidden, some, chunks, weights)
             loss += weigh.likelihood_weight * terms["likelihood"]
-        return loss, terms
+        return loss, terms | gate_measures(lm.head, hidden)
+
+    def _origin(
+        self, autoencoder: Autoencoder, lm: LatentLM, noise: Array, chunks: Int[Array, "B M K"], target: Float[Array, "B N Z"]
+    ) -> Float[Array, "*s B N Z"]:
+        """Where displacements start: the noise of each sample, or the mean of the chunk before each target."""
+        if self.terms.direction_from == "noise":
+            assert isinstance(lm.head, GatedEnergyHead)
+            return lm.head.latent_noise(noise)
+        first = jax.lax.stop_gradient(autoencoder.encode(chunks[:, :1]).mean)
+        return jnp.concatenate([first, target[:, :-1]], axis=1)
 
     def _likelihood(
         self,
@@ -327,55 +352,7 @@ class LatentObjective:
             else:
                 position += model.writing_flops(count if model.context_decoder.use_latent else 1)
         # As a target, where a term has one, and where the stem reads latents.
-        aims = (
-            weigh.energy_weight or weigh.anchor_weight or weigh.slot_energy_weight or (self.has_own_loss and weigh.own_weight)
-        )
+        by_samples = weigh.energy_weight or weigh.slot_energy_weight or weigh.direction_weight
+        aims = by_samples or weigh.anchor_weight or (self.has_own_loss and weigh.own_weight)
         encoded = bool(aims) + (model.stem != "discrete")
         return (3 * position + encoded * table.encoder_flops()) / model.chunk_size
-
-
-def head_loss(head: Any) -> Callable[..., Float[Array, "*b"]]:
-    """The loss that a head defines for itself."""
-    return head.loss
-
-
-def slot_energy(
-    autoencoder: Autoencoder, samples: Float[Array, "S *b Z"], target: Float[Array, "*b Z"], alpha: float
-) -> Float[Array, "*b"]:
-    """The energy loss of every token slot in the decoder's hidden states, against one draw of the target; summed over slots.
-
-    A latent's energy score sees a chunk as one point; here each token has its own distance.
-    """
-    states = autoencoder.decode_states(samples)
-    truth = autoencoder.decode_states(target)
-    flat = states.reshape(len(states), -1, states.shape[-1])
-    fidelity = distance(jnp.square(flat - truth.reshape(1, *flat.shape[1:])).sum(-1), alpha).mean(0)
-    return (2 * fidelity - diversity(flat, alpha)).reshape(states.shape[1:-1]).sum(-1)
-
-
-def log_mean_nats(
-    states: Float[Array, "S *b K W"],
-    table: Float[Array, "V W"],
-    targets: Int[Array, "*b K"],
-    precision: Precision,
-    weights: Float[Array, "*b"],
-    *,
-    table_gradient: bool,
-) -> Float[Array, ""]:
-    """-log (1/S) sum_s p_s(chunk), in nats per token, added up over chunks by `weights`; p_s the product over K tokens.
-
-    Its gradient is the cross-entropy's with every sample weighted by its share of that sum; so the shares are found
-    first, keeping no logits, and one fused pass with known weights follows.
-    """
-    num_samples, width, chunk_size = len(states), states.shape[-1], targets.shape[-1]
-    each = weights.reshape(-1) / chunk_size
-    rows = jnp.broadcast_to(targets, states.shape[:-1]).reshape(-1)
-    flat = states.reshape(-1, width)
-    if num_samples == 1:
-        return fused_cross_entropy(flat, table, rows, jnp.repeat(each, chunk_size), precision, table_gradient)
-    chunk = target_log_prob(jax.lax.stop_gradient(flat), jax.lax.stop_gradient(table), rows, precision)
-    chunk = chunk.reshape(num_samples, -1, chunk_size).sum(-1)
-    value = -((jax.nn.logsumexp(chunk, axis=0) - math.log(num_samples)) * each).sum()
-    shares = jnp.repeat((jax.nn.softmax(chunk, axis=0) * each).reshape(-1), chunk_size)
-    weighted = fused_cross_entropy(flat, table, rows, shares, precision, table_gradient)
-    return weighted + jax.lax.stop_gradient(value - weighted)

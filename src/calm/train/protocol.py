@@ -11,7 +11,10 @@ from calm.rng import PRNGKey
 Params = Any
 """A pytree of arrays: an `nnx.State`, a dict, a tuple."""
 
-Evaluate = Callable[[Params, int], Mapping[str, float]]
+Measured = float | list[float]
+"""a metric's value: a number, or a curve such as one value for each position"""
+
+Evaluate = Callable[[Params, int], Mapping[str, Measured]]
 """(parameters to evaluate, step) -> metric name -> value. The parameters are live buffers that the next step overwrites."""
 
 Sample = Callable[[Params, int], str]
@@ -34,7 +37,8 @@ class Objective(Protocol):
     def loss(
         self, params: Params, frozen: Params, tokens: Int[Array, "B T"], key: PRNGKey, step: Int[Array, ""]
     ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
-        """The mean loss of a batch, and metrics that are means over the batch too."""
+        """The mean loss of a batch, and metrics that are means over the batch too: numbers, and curves `[X]`, which only
+        validation looks at."""
         ...
 
     def flops_per_token(self) -> float:

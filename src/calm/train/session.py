@@ -184,8 +184,10 @@ class Session:
         start = time.perf_counter()
         with self.meter.pause():
             scores = evaluate(self.step_function.state(leaves).best_params, step)
-        record = {name if "/" in name else f"valid/{name}": float(value) for name, value in scores.items()}
-        self.trackers.log(record, step)
+        named = {name if "/" in name else f"valid/{name}": value for name, value in scores.items()}
+        curves = {name: value for name, value in named.items() if isinstance(value, list)}
+        record = {name: float(value) for name, value in named.items() if not isinstance(value, list)}
+        self.trackers.log(record | curves, step)
         self.last_record |= record
         self.position.evaluated = step
         words = "  ".join(f"{name} {value:.4g}" for name, value in record.items())

@@ -141,7 +141,8 @@ class TrainStep:
         def microbatch(tokens: Array, key: PRNGKey) -> tuple[Params, dict[str, Array]]:
             value_and_grad = jax.value_and_grad(self.objective.loss, has_aux=True)
             (loss, metrics), gradients = value_and_grad(params, frozen, tokens, key, step)
-            return gradients, {name: jnp.asarray(x, jnp.float32) for name, x in {**metrics, "loss": loss}.items()}
+            numbers = {name: x for name, x in {**metrics, "loss": loss}.items() if jnp.ndim(x) == 0}  # curves: validation's
+            return gradients, {name: jnp.asarray(x, jnp.float32) for name, x in numbers.items()}
 
         if self.config.accumulation == 1:
             gradients, metrics = microbatch(tokens[0], key)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from calm.errors import CalmError, UsageError, require_extra
+from calm.train.protocol import Measured
 from calm.train.run_folder import RunFolder
 
 
@@ -112,11 +113,11 @@ class RunTrackers:
             except Exception as error:
                 self._drop(tracker, error)
 
-    def log(self, metrics: Mapping[str, float], step: int) -> None:
-        """A record of metrics.jsonl, and the same to every tracker."""
+    def log(self, metrics: Mapping[str, Measured], step: int) -> None:
+        """A record of metrics.jsonl, and its numbers, without curves, to every tracker."""
         self.run.append(self.run.metrics, {"step": step, **metrics})
         self._records += 1
-        self._each("log", metrics, step)
+        self._each("log", {name: value for name, value in metrics.items() if not isinstance(value, list)}, step)
 
     def log_timing(self, timing: Mapping[str, float], step: int) -> None:
         """What the clock says goes to its own file, so that metrics.jsonl is the same in every repetition of a run."""
