@@ -22,7 +22,7 @@ STARTS = jnp.array([0, 1])
 def along(backbone, trunk, own):
     """All branches at once, `[DEPTH B A S D]`."""
     _, state = backbone(trunk, backbone.init_state(BATCH, LENGTH + 2, STARTS))
-    state, parts = state.fork(jnp.asarray(ENDS), BRANCHES, DEPTH + 1), []
+    state, parts = backbone.fork(state, jnp.asarray(ENDS), BRANCHES, DEPTH + 1), []
     for block in own:
         part, state = backbone(block.reshape(BATCH, -1, CONFIG.dim), state)
         parts.append(part.reshape(block.shape))
@@ -66,6 +66,6 @@ def test_branches_see_neither_each_other_nor_what_follows_their_end():
 
 def test_a_fork_cannot_be_forked():
     backbone = random_model(CONFIG)
-    state = backbone.init_state(BATCH, LENGTH).fork(jnp.asarray(ENDS), 1, 1)
+    state = backbone.fork(backbone.init_state(BATCH, LENGTH), jnp.asarray(ENDS), 1, 1)
     with pytest.raises(UsageError, match="state of a sequence"):
-        state.fork(jnp.asarray(ENDS), 1, 1)
+        backbone.fork(state, jnp.asarray(ENDS), 1, 1)

@@ -15,9 +15,6 @@ class Beliefs(NamedTuple):
 
     behind: Any
 
-    def fork(self, ends, num_branches, capacity):
-        return Beliefs(jnp.repeat(self.behind[:, ends - 1], num_branches, axis=1))
-
 
 class WorldPredictor(nnx.Module):
     """Chunks of `chunk_size` tokens drawn exactly from a world's law given all that was read; begin ids say nothing."""
@@ -37,8 +34,11 @@ class WorldPredictor(nnx.Module):
         new = new / jnp.maximum(new.sum(-1, keepdims=True), 1e-30)
         return jnp.where((tokens == self.begin_id)[..., None], belief, new)
 
-    def init_state(self, batch, context, starts=None):
+    def init_state(self, batch, context, starts=None, *, rewindable=False):
         return Beliefs(jnp.zeros((batch, 0, len(self.first[...]))))
+
+    def fork(self, state, ends, num_branches, capacity):
+        return Beliefs(jnp.repeat(state.behind[:, ends - 1], num_branches, axis=1))
 
     def hidden(self, chunks, state=None):
         batch = len(chunks)

@@ -84,9 +84,15 @@ class LatentLM(nnx.Module):
         sizes = (config.vocab_size, config.chunk_size, dim, config.latent_dim)
         self.context_decoder = None if writer is None else writer.build(*sizes, rngs=rngs, precision=precision)
 
-    def init_state(self, batch: int, context: int, starts: Int[Array, "B"] | None = None) -> BackboneState:
+    def init_state(
+        self, batch: int, context: int, starts: Int[Array, "B"] | None = None, *, rewindable: bool = False
+    ) -> BackboneState:
         """The state before the first chunk, with room for `context` chunks; row b begins at chunk `starts[b]`."""
-        return self.backbone.init_state(batch, context, starts)
+        return self.backbone.init_state(batch, context, starts, rewindable=rewindable)
+
+    def fork(self, state: BackboneState, ends: Int[Array, "A"], num_branches: int, capacity: int) -> BackboneState:
+        """Branches of a rewindable state, from behind its first `ends[a]` chunks each (`calm.nn.Backbone.fork`)."""
+        return self.backbone.fork(state, ends, num_branches, capacity)
 
     def hidden(
         self, chunks: Int[Array, "B N K"], state: BackboneState | None = None, autoencoder: Autoencoder | None = None

@@ -51,7 +51,7 @@ class Predictor(Protocol):
 
     @property
     def num_layers(self) -> int:
-        """Layers of the backbone, whose states generation takes apart."""
+        """Layers that a state is stacked over, which generation takes apart: periods of the backbone's pattern."""
         ...
 
     @property
@@ -59,7 +59,13 @@ class Predictor(Protocol):
         """What the states before the logits are multiplied with."""
         ...
 
-    def init_state(self, batch: int, context: int, starts: Int[Array, "B"] | None = None) -> Any: ...
+    def init_state(
+        self, batch: int, context: int, starts: Int[Array, "B"] | None = None, *, rewindable: bool = False
+    ) -> Any: ...
+
+    def fork(self, state: Any, ends: Int[Array, "A"], num_branches: int, capacity: int) -> Any:
+        """Branches of a rewindable state from behind its first `ends[a]` chunks each (`calm.nn.Backbone.fork`)."""
+        ...
 
     def hidden(self, chunks: Int[Array, "B N K"], state: Any = None) -> tuple[Float[Array, "B N D"], Any]: ...
 
@@ -111,7 +117,7 @@ class NextVector(nnx.Module):
 
     @property
     def num_layers(self) -> int:
-        return self.lm.config.backbone.num_layers
+        return self.lm.config.backbone.num_periods
 
     @property
     def table(self) -> Float[Array, "V W"]:
@@ -119,9 +125,13 @@ class NextVector(nnx.Module):
         writer = self.lm.context_decoder
         return self.autoencoder.table if writer is None else writer.table
 
-    def init_state(self, batch: int, context: int, starts: Int[Array, "B"] | None = None) -> Any:
+    def init_state(self, batch: int, context: int, starts: Int[Array, "B"] | None = None, *, rewindable: bool = False) -> Any:
         """The state before the first chunk, with room for `context` chunks; row b begins at chunk `starts[b]`."""
-        return self.lm.init_state(batch, context, starts)
+        return self.lm.init_state(batch, context, starts, rewindable=rewindable)
+
+    def fork(self, state: Any, ends: Int[Array, "A"], num_branches: int, capacity: int) -> Any:
+        """Branches of a rewindable state, from behind its first `ends[a]` chunks each."""
+        return self.lm.fork(state, ends, num_branches, capacity)
 
     def hidden(self, chunks: Int[Array, "B N K"], state: Any = None) -> tuple[Float[Array, "B N D"], Any]:
         """Position i has read chunks 0..i and predicts chunk i + 1. With a state, the chunks continue what it has read."""

@@ -119,16 +119,22 @@ class TokenLM(nnx.Module):
 
     @property
     def num_layers(self) -> int:
-        return self.config.backbone.num_layers
+        return self.config.backbone.num_periods
 
     @property
     def table(self) -> Float[Array, "V W"]:
         """What the head's states are multiplied with."""
         return (self.stem.table if self.head.table is None else self.head.table)[...]
 
-    def init_state(self, batch: int, context: int, starts: Int[Array, "B"] | None = None) -> BackboneState:
+    def init_state(
+        self, batch: int, context: int, starts: Int[Array, "B"] | None = None, *, rewindable: bool = False
+    ) -> BackboneState:
         """The state before the first token, with room for `context` tokens; row b begins at token `starts[b]`."""
-        return self.backbone.init_state(batch, context, starts)
+        return self.backbone.init_state(batch, context, starts, rewindable=rewindable)
+
+    def fork(self, state: BackboneState, ends: Int[Array, "A"], num_branches: int, capacity: int) -> BackboneState:
+        """Branches of a rewindable state, from behind its first `ends[a]` tokens each (`calm.nn.Backbone.fork`)."""
+        return self.backbone.fork(state, ends, num_branches, capacity)
 
     def hidden(self, chunks: Int[Array, "B N 1"], state: Any = None) -> tuple[Float[Array, "B N D"], Any]:
         """Position i has read tokens 0..i and predicts token i + 1. With a state, the tokens continue what it has read."""

@@ -23,6 +23,11 @@ class SwiGLU(nnx.Module):
         return self.down(jax.nn.silu(gate) * up)
 
     @staticmethod
+    def parameters(dim: int, inner_dim: int) -> int:
+        """Number of weights."""
+        return 3 * dim * inner_dim
+
+    @staticmethod
     def flops(dim: int, inner_dim: int) -> int:
         """Forward FLOPs of one row."""
         return dense_flops(dim, 2 * inner_dim) + dense_flops(inner_dim, dim)

@@ -25,6 +25,10 @@ class Stack(nnx.Module):
         self.layer = nnx.merge(graphdef, jax.vmap(weights)(keys))
         self.length = length
 
+    def beside(self, xs: Any, arrays: Any) -> Any:
+        """What `scan` takes along: `xs`, or None, in the form it has for these layers, and arrays with a leading layer axis."""
+        return xs, arrays
+
     def scan(self, step: Callable, carry: Any, xs: Any = None, *, remat: bool = False) -> tuple[Any, Any]:
         """`carry, y_l = step(layer_l, carry, x_l)` over the layers; returns the last carry and the stacked ys.
 

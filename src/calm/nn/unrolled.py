@@ -24,6 +24,9 @@ class Unrolled(Stack):
         graphdef, weights = nnx.split(stack.layer)
         self.layers = nnx.List([nnx.merge(graphdef, weights_of_layer) for weights_of_layer in unstack(weights, stack.length)])
 
+    def beside(self, xs: Any, arrays: Any) -> Any:
+        return tuple(zip(xs or (None,) * self.length, unstack(arrays, self.length), strict=True))
+
     def scan(self, step: Callable, carry: Any, xs: Any = None, *, remat: bool = False) -> tuple[Any, Any]:
         """`Stack.scan` with `xs` a tuple of one tree per layer, or None; `remat` means nothing here."""
         ys = []

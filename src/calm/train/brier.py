@@ -2,7 +2,7 @@
 shorter than four tokens, and score.
 
 One pass of the backbone reads the text; the S samples of every boundary then go on as branches that share its keys
-(`BackboneState.fork`). Three ways, by what the model knows of itself: a model that has probabilities of tokens is scored
+(`calm.nn.Backbone.fork`). Three ways, by what the model knows of itself: a model that has probabilities of tokens is scored
 through them; a latent that is drawn through the decoder's softmax by exact inner products; all else by counting equal samples.
 """
 
@@ -158,7 +158,7 @@ def _by_samples(
 ) -> tuple[Float[Array, "B A O"], Float[Array, "B 1"]]:
     batch, length, chunk_size = where.chunks.shape
     later = -(-ORDERS // chunk_size) - 1  # chunks after the first that it takes to have four tokens
-    state = predictor.init_state(batch, length) if later else None
+    state = predictor.init_state(batch, length, rewindable=True) if later else None
     hidden, state = predictor.hidden(where.chunks, state)
     at = where.ends - 1
     hidden, previous = hidden[:, at], where.chunks[:, at]
@@ -185,7 +185,7 @@ def _by_samples(
     for step in range(later + 1):
         if step:
             previous = jnp.moveaxis(written[..., -chunk_size:], 0, 2).reshape(batch, -1, chunk_size)
-            state = state.fork(where.ends, num_samples, later) if step == 1 else state
+            state = predictor.fork(state, where.ends, num_samples, later) if step == 1 else state
             hidden, state = predictor.hidden(previous, state)
             noise = draw(step, (1, hidden.shape[1]))
             latents = samples_first(predictor.lm.head(hidden, noise.latent)[0]) if by_products else None
@@ -214,7 +214,7 @@ def _by_probabilities(
     """The text's own tokens by their probabilities, the self-match along continuations drawn from the squared law."""
     batch, length, _ = where.chunks.shape
     count = len(where.ends)
-    hidden, state = predictor.hidden(where.chunks, predictor.init_state(batch, length))
+    hidden, state = predictor.hidden(where.chunks, predictor.init_state(batch, length, rewindable=True))
 
     def log_prob(hidden: Array, tokens: Array) -> Array:
         logits = predictor.logits(hidden)
@@ -245,7 +245,7 @@ def _by_probabilities(
         match, tokens = by_row_blocks(match_and_draw, rows(here), uniforms.reshape(batch * count * branches, draws, 2))
         matches.append(jnp.broadcast_to(match.reshape(batch, count, branches), (batch, count, num_samples)))
         if order + 1 < ORDERS:
-            state = state.fork(where.ends, num_samples, ORDERS - 1) if order == 0 else state
+            state = predictor.fork(state, where.ends, num_samples, ORDERS - 1) if order == 0 else state
             here, state = predictor.hidden(tokens.reshape(batch, count * num_samples, 1), state)
             branches = num_samples
     self_match = jnp.moveaxis(jnp.stack(matches, axis=-1), 2, 0)
