@@ -17,18 +17,27 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from calm.errors import UsageError
-from calm.nn.attention import AttentionConfig, ForkedState
+from calm.nn.attention import AttentionConfig
+from calm.nn.conv_ssm import ConvSSMConfig
 from calm.nn.dense import Precision
 from calm.nn.gated_mixer import Beside, gate_flops, gate_parameters
+from calm.nn.gru import GRUConfig
 from calm.nn.hopfield import HopfieldConfig
 from calm.nn.hybrid_block import NORM, Block, Period
 from calm.nn.mixer import Fork, MixerConfig, Window
 from calm.nn.mlp import SwiGLU
+from calm.nn.ssm import SSMConfig
 from calm.nn.stack import Stack
 from calm.nn.taps import Tap
 from calm.nn.unrolled import Unrolled
 
-LETTERS = {"A": "attention", "H": "Hopfield memory"}
+LETTERS = {
+    "A": "attention",
+    "S": "selective state space",
+    "C": "causal convolution",
+    "H": "Hopfield memory",
+    "G": "gated recurrence",
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,7 +48,8 @@ class BackboneConfig:
     """model width D"""
     num_layers: int = 4
     pattern: str = "A"
-    """what stands in the layers, by letters: A attention, H Hopfield memory; "HA" side by side under a gate, "H,A" by turns"""
+    """what stands in the layers: A attention, S selective state space, C causal convolution, H Hopfield memory, G gated
+    recurrence; "SHA" side by side under a gate, "C,H" by turns"""
     num_heads: int = 4
     """query heads H"""
     num_kv_heads: int = 4
@@ -51,8 +61,14 @@ class BackboneConfig:
     """standard deviation of the kernels; none = 1 / sqrt(fan-in); the published models use 0.02"""
     remat: bool = False
     """recompute layers in the backward pass: less memory, more time"""
+    ssm: SSMConfig = SSMConfig()
+    """of letter S"""
+    conv: ConvSSMConfig = ConvSSMConfig()
+    """of letter C"""
     hopfield: HopfieldConfig = HopfieldConfig()
     """of letter H"""
+    gru: GRUConfig = GRUConfig()
+    """of letter G"""
     num_segments: int = 1
     """how often the stack runs on the same input, a controller steering the gates from the second time on
     (`calm.nn.segment_reasoner`); 1 = once, without one"""
@@ -121,7 +137,7 @@ class BackboneConfig:
             return AttentionConfig(
                 num_heads=self.num_heads, num_kv_heads=self.num_kv_heads, rope_theta=self.rope_theta, init_std=self.init_std
             )
-        of_letter: dict[str, Any] = {"H": self.hopfield}
+        of_letter: dict[str, Any] = {"S": self.ssm, "C": self.conv, "H": self.hopfield, "G": self.gru}
         return of_letter[letter]
 
     def build(self, *, rngs: nnx.Rngs, precision: Precision = "float32") -> Any:
@@ -200,8 +216,7 @@ class Backbone(nnx.Module):
 
         A rewindable one can be forked and rewound; a recurrence then keeps its state behind every position, which costs memory.
         """
-        layer = self.blocks.layer.init_state(batch, context, rewindable=rewindable)
-        layers = jax.tree.map(lambda x: jnp.broadcast_to(x, (self.config.num_periods, *x.shape)), layer)
+        layers = self.blocks.each(lambda layer: layer.init_state(batch, context, rewindable=rewindable))
         starts = jnp.zeros((batch,), jnp.int32) if starts is None else starts
         return BackboneState(Window(jnp.zeros((), jnp.int32), starts), layers)
 
@@ -214,7 +229,7 @@ class Backbone(nnx.Module):
         """
         self._check_sequence(state, "fork")
         assert isinstance(state.window, Window)
-        layers = jax.vmap(lambda layer: self.blocks.layer.fork(layer, ends, num_branches, capacity))(state.layers)
+        layers = self.blocks.each(lambda layer, state: layer.fork(state, ends, num_branches, capacity), state.layers)
         window = Fork(jnp.repeat(ends, num_branches), jnp.zeros((), jnp.int32), state.window.starts)
         return BackboneState(window, layers)
 
@@ -222,7 +237,7 @@ class Backbone(nnx.Module):
         """The state as it was after `position` of the positions read."""
         self._check_sequence(state, "rewind")
         assert isinstance(state.window, Window)
-        layers = jax.vmap(lambda layer: self.blocks.layer.rewind(layer, position))(state.layers)
+        layers = self.blocks.each(lambda layer, state: layer.rewind(state, position), state.layers)
         return BackboneState(state.window._replace(offset=jnp.asarray(position, jnp.int32)), layers)
 
     def _check_sequence(self, state: BackboneState, what: str) -> None:
@@ -270,7 +285,7 @@ class Backbone(nnx.Module):
             layer_state, beside = xs
             found: dict[tuple[str, int], Array] = {}
             hidden, layer_state = layer(hidden, layer_state, window, self._beside(beside, taps, names, found))
-            return hidden, (_without_trunk(layer_state), found)  # a trunk stays as it is
+            return hidden, (_without_trunk(layer_state), found)
 
         xs = self.blocks.beside(None if state is None else state.layers, along)
         hidden, ys = self.blocks.scan(step, hidden, xs, remat=config.remat)
@@ -332,13 +347,14 @@ def by_layer(found: dict[tuple[str, int], Array], names: Collection[str]) -> dic
     return {name: {layer: value for (of, layer), value in sorted(found.items()) if of == name} for name in names}
 
 
-def _is_forked(state: Any) -> bool:
-    return isinstance(state, ForkedState)
+def _has_trunk(state: Any) -> bool:
+    return hasattr(state, "trunk")
 
 
 def _without_trunk(state: Any) -> Any:
-    return jax.tree.map(lambda x: x.own if _is_forked(x) else x, state, is_leaf=_is_forked)
+    """What branches share stays as it is: a scan need not write it out."""
+    return jax.tree.map(lambda x: x.own if _has_trunk(x) else x, state, is_leaf=_has_trunk)
 
 
 def _with_trunk(before: Any, after: Any) -> Any:
-    return jax.tree.map(lambda x, y: ForkedState(x.trunk, y) if _is_forked(x) else y, before, after, is_leaf=_is_forked)
+    return jax.tree.map(lambda x, y: x._replace(own=y) if _has_trunk(x) else y, before, after, is_leaf=_has_trunk)

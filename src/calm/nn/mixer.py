@@ -87,6 +87,7 @@ class Mixer(Protocol):
     def fork(self, state: Any, ends: Int[Array, "A"], num_branches: int, capacity: int) -> Any:
         """The state of A * num_branches branches, those of one end beside each other, each as it was after the first
         `ends[a]` >= 1 positions; it goes where the state went, with a `Fork` for a window. `capacity` positions can be read.
+        What branches share and never write is its field `trunk`, the rest `own`; without a trunk, all of it is theirs.
         """
         ...
 

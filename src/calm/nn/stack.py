@@ -25,6 +25,11 @@ class Stack(nnx.Module):
         self.layer = nnx.merge(graphdef, jax.vmap(weights)(keys))
         self.length = length
 
+    def each(self, function: Callable, *xs: Any) -> Any:
+        """`function(layer_l, *xs_l)` for every layer, none after another; results get a leading layer axis."""
+        graphdef, weights = nnx.split(self.layer)
+        return jax.vmap(lambda weights, *xs: function(nnx.merge(graphdef, weights), *xs))(weights, *xs)
+
     def beside(self, xs: Any, arrays: Any) -> Any:
         """What `scan` takes along: `xs`, or None, in the form it has for these layers, and arrays with a leading layer axis."""
         return xs, arrays
