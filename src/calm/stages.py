@@ -33,7 +33,7 @@ from calm.train.objective import AutoencoderLossConfig, AutoencoderObjective, La
 from calm.train.protocol import Evaluate, Measured
 from calm.train.run_folder import RunFolder, best_step
 from calm.train.settings import TrainConfig, settle_precision
-from calm.train.token_objective import TokenObjective
+from calm.train.token_objective import TokenLossConfig, TokenObjective
 from calm.train.validate import validator
 
 AUTOENCODER: Literal["autoencoder"] = "autoencoder"
@@ -76,6 +76,7 @@ class TokenLMRun:
     data: str = ""
     """folder of prepared data"""
     model: TokenLMConfig = TokenLMConfig()
+    loss: TokenLossConfig = TokenLossConfig()
     train: TrainConfig = TrainConfig()
 
 
@@ -312,7 +313,7 @@ def starting_point(folder: str | Path, precision: Precision = "float32") -> Star
         autoencoder = load_exported_autoencoder(folder / AUTOENCODER, precision)
         objective: Any = LatentObjective(run.model, run.loss, autoencoder, context=context, precision=precision)
     else:
-        objective = TokenObjective(run.model, context=context, precision=precision)
+        objective = TokenObjective(run.model, run.loss, context=context, precision=precision)
     with readable(folder):
         params = best_parameters(folder, objective)
     return StartingPoint(str(folder), run.model, params, autoencoder, tokenizer_of(folder))

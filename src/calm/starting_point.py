@@ -33,7 +33,7 @@ class StartingPoint(NamedTuple):
     config: Any
     """of the model: `LatentLMConfig` or `TokenLMConfig`"""
     params: Any
-    """its weights; for a latent model's run a dictionary that also holds what its loss trained beside it"""
+    """its weights, or a dictionary of them (`lm`) and of what its loss trained beside it"""
     autoencoder: Autoencoder | None
     tokenizer: Tokenizer | None
 
@@ -69,11 +69,10 @@ class StartingPoint(NamedTuple):
     def initial(self, objective: Any, seed: int) -> Any:
         """All the parameters of `objective`: the model's own weights, and fresh ones for what it does not have."""
         fresh = objective.init(stream(jax.random.key(seed), "init"))
+        own = self.params if isinstance(self.params, dict) else {"lm": self.params}
         if not isinstance(fresh, dict):
-            return _like(fresh, self.params, self.where)
-        return {
-            name: _like(part, self.params[name], self.where) if name in self.params else part for name, part in fresh.items()
-        }
+            return _like(fresh, own["lm"], self.where)
+        return {name: _like(part, own[name], self.where) if name in own else part for name, part in fresh.items()}
 
 
 def open_exported(folder: Path, precision: Precision) -> StartingPoint:

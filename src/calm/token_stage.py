@@ -44,13 +44,15 @@ def train_token_lm(
         run = dataclasses.replace(run, model=start.model(run.model))
     run = dataclasses.replace(run, model=filled(run.model, vocab_size=data.tokenizer.vocab_size))
     precision, rates = settle_precision(run.train.precision, out)
-    objective = TokenObjective(run.model, context=run.train.num_tokens, precision=precision)
+    sizes: dict[str, Any] = dict(context=run.train.num_tokens, precision=precision)
+    objective, plain = TokenObjective(run.model, run.loss, **sizes), TokenObjective(run.model, **sizes)
     blocks, documents = validation_blocks(data, run.train.num_tokens, "valid", MAX_VALIDATION_TOKENS)
-    validate = validator(objective, counted_blocks(data, run, blocks), evaluation_key(run), run.train.steps)
+    # Held-out text is scored by its cross-entropy, whatever training adds to that.
+    validate = validator(plain, counted_blocks(data, run, blocks), evaluation_key(run), run.train.steps)
 
     def evaluate(params: Any, step: int) -> dict[str, Measured]:
         nats = token_likelihood(objective.module(params), blocks, documents)
-        return validate(params) | {"nats_per_token": float(nats.means[0])}
+        return validate(objective.lm_params(params)) | {"nats_per_token": float(nats.means[0])}
 
     def sample(params: Any, step: int) -> str:
         return samples(objective.module(params), data, run.train.num_tokens, SoftmaxSampler(temperature=0.5))
@@ -68,5 +70,5 @@ def load_token_lm(folder: str | Path, precision: Precision = "float32") -> tuple
     run = load_run_config(folder)
     if not isinstance(run, TokenLMRun):
         raise UsageError(f"{folder}: holds a run of kind {run.kind}, not a token language model")
-    objective = TokenObjective(run.model, context=run.train.num_tokens, precision=precision)
+    objective = TokenObjective(run.model, run.loss, context=run.train.num_tokens, precision=precision)
     return objective.module(best_parameters(folder, objective)), tokenizer_of(Path(folder))

@@ -149,7 +149,7 @@ def flops_per_token(run: Run) -> float:
         return AutoencoderObjective(model, run.loss, mask_id=0).flops_per_token()
     if isinstance(run, TokenLMRun):
         model = dataclasses.replace(run.model, vocab_size=vocab_size)
-        return TokenObjective(model, context=run.train.num_tokens).flops_per_token()
+        return TokenObjective(model, run.loss, context=run.train.num_tokens).flops_per_token()
     autoencoder, _ = load_autoencoder(run.autoencoder)
     sizes = {name: getattr(autoencoder.config, name) for name in ("vocab_size", "chunk_size", "latent_dim")}
     model = dataclasses.replace(run.model, **sizes)

@@ -60,6 +60,22 @@ def fused_cross_entropy(
 def _fused_forward(
     hidden: Array, table: Array, targets: Array, weights: Array, precision: Precision, table_gradient: bool
 ) -> tuple[Array, tuple[Array, Array | None]]:
+    (nats, _), gradients = loss_and_gradients(hidden, table, targets, weights, precision, table_gradient)
+    return nats, gradients
+
+
+def loss_and_gradients(
+    hidden: Float[Array, "R D"],
+    table: Float[Array, "V D"],
+    targets: Int[Array, "R"],
+    weights: Float[Array, "R"],
+    precision: Precision,
+    table_gradient: bool,
+    z_weight: float = 0.0,
+) -> tuple[tuple[Float[Array, ""], Float[Array, ""]], tuple[Float[Array, "R D"], Float[Array, "V D"] | None]]:
+    """Weighted sums of cross-entropy and of log^2 Z, and the gradients of cross-entropy + z_weight * log^2 Z by hidden and
+    table; Z is the softmax's normaliser (`calm.losses.z_loss`).
+    """
     rows, dim = hidden.shape
     blocks = -(-rows // BLOCK_ROWS)
     padding = blocks * BLOCK_ROWS - rows
@@ -69,8 +85,8 @@ def _fused_forward(
 
     table_operand = operand(table, precision)
 
-    def body(carry: tuple[Array, Array | None], block: tuple[Array, Array, Array]) -> tuple[tuple, Array]:
-        total, table_sum = carry
+    def body(carry: tuple[Array, Array, Array | None], block: tuple[Array, Array, Array]) -> tuple[tuple, Array]:
+        total, squares, table_sum = carry
         h, target, weight = block
         h = operand(h, precision)
         logits = product_with_transpose(h, table_operand)
@@ -78,20 +94,25 @@ def _fused_forward(
         exponentials = jnp.exp(logits - high)
         normaliser = exponentials.sum(-1, keepdims=True)
         chosen = jnp.take_along_axis(logits, target[:, None], axis=-1)
-        total = total + (weight * (high + jnp.log(normaliser) - chosen)[:, 0]).sum()
-        # d loss / d logits = weight * (softmax - onehot); the one-hot part is a gather and a scatter of rows, done below
-        softmax = operand(exponentials * (weight[:, None] / normaliser), precision)
+        log_z = (high + jnp.log(normaliser))[:, 0]
+        total = total + (weight * (log_z - chosen[:, 0])).sum()
+        squares = squares + (weight * log_z**2).sum()
+        # d loss / d logits = weight * ((1 + 2 z_weight log Z) softmax - onehot); the one-hot part is a gather and a scatter of
+        # rows, done below
+        scale = weight * (1 + 2 * z_weight * log_z) if z_weight else weight
+        softmax = operand(exponentials * (scale[:, None] / normaliser), precision)
         h_gradient = product(softmax, table_operand)
         if table_sum is not None:
             table_sum = table_sum + weight_gradient(softmax, h)
-        return (total, table_sum), h_gradient
+        return (total, squares, table_sum), h_gradient
 
-    carry = (jnp.zeros((), jnp.float32), jnp.zeros(table.shape, jnp.float32) if table_gradient else None)
-    (total, table_sum), h_gradient = jax.lax.scan(body, carry, (split(hidden), split(targets), split(weights)))
+    zero = jnp.zeros((), jnp.float32)
+    carry = (zero, zero, jnp.zeros(table.shape, jnp.float32) if table_gradient else None)
+    (total, squares, table_sum), h_gradient = jax.lax.scan(body, carry, (split(hidden), split(targets), split(weights)))
     h_gradient = h_gradient.reshape(-1, dim)[:rows] - weights[:, None] * table[targets]
     if table_sum is not None:
         table_sum = table_sum.at[targets].add(-weights[:, None] * hidden)
-    return total, (h_gradient, table_sum)
+    return (total, squares), (h_gradient, table_sum)
 
 
 def _fused_backward(precision: Precision, table_gradient: bool, gradients: tuple[Array, Array | None], g: Array) -> tuple:

@@ -1,9 +1,10 @@
 """Tokenizers: text <-> ids, with the three special tokens of this library and a fingerprint.
 
 Three kinds, one interface: raw bytes; any Hugging Face `tokenizer.json` (our own byte-level BPE and word level among them); a
-tiktoken rank file (extra `tiktoken`). Each knows `<|begin|>` (fills the front of a prompt's first chunk), `<|end|>` (follows every document)
-and `<|mask|>` (what a masked token becomes in the autoencoder). A file that lacks them gets them appended behind its own ids;
-Llama 3's `<|begin_of_text|>` and `<|end_of_text|>` are taken for begin and end, as the published CALM models use them.
+tiktoken rank file (extra `tiktoken`). Each knows `<|begin|>` (fills the front of a prompt's first chunk), `<|end|>` (follows
+every document) and `<|mask|>` (what a masked token becomes in the autoencoder). A file that lacks them gets them appended
+behind its own ids; Llama 3's `<|begin_of_text|>` and `<|end_of_text|>` are taken for begin and end, as the published CALM
+models use them.
 
 Text that happens to contain the words "<|end|>" is text: no input can produce a special id.
 """
@@ -42,8 +43,9 @@ RANK_PATTERN = (
 
 
 class Tokenizer(abc.ABC):
-    """Text <-> ids. `vocab_size` counts every id, the specials too; ids are int32 arrays. `unknown_id` stands for every word that
-    the vocabulary lacks; None where nothing can be lacking.
+    """Text <-> ids. `vocab_size` counts every id, the specials too; ids are int32 arrays.
+
+    `unknown_id` stands for every word that the vocabulary lacks; None where nothing can be lacking.
     """
 
     level: Level = "subword"

@@ -2,9 +2,9 @@
 
 Perplexities of words are comparable only under one rule for what a word is. This is the rule of Merity et al. 2016
 (arXiv:1609.07843) and of what was published after it: a line is split at white space and closed by one end-of-line token (their
-`<eos>`, here the line end itself); a word that the vocabulary lacks is `<unk>`. Of WikiText-2's train file the whole vocabulary has
-33,278 entries, `<unk>` and the line end among them. Blanks around words are not kept: text comes back with one blank between
-words and none at line ends.
+`<eos>`, here the line end itself); a word that the vocabulary lacks is `<unk>`. The vocabulary of all of WikiText-2's train
+file has 33,278 entries, `<unk>` and the line end among them. Blanks around words are not kept: text comes back with one blank
+between words and none at line ends.
 """
 
 import re
