@@ -1,6 +1,7 @@
 """A trained model as one object: tokenizer, autoencoder and language model, text in and text out."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -23,7 +24,7 @@ from calm.interop.export import (
     load_exported_token_lm,
 )
 from calm.interop.published_files import read_json
-from calm.metrics.bits_per_byte import scored_bytes
+from calm.metrics.perplexity import ScoredText
 from calm.models import Decoding, LatentLM, NextVector, Predictor, TokenLM
 from calm.rng import row_keys, stream
 from calm.sampling import Generated, Sampler, from_temperature
@@ -211,7 +212,8 @@ class Bundle:
             world = world_of(str(opened.manifest.source["name"]))
             if world is not None and opened.manifest.tokenizer["spec"] == WORDS:
                 scores["world"] = evaluate_world(world, blocks, documents, **options)
-        return {name: self._with_bytes(report, blocks) for name, report in scores.items()}
+        counted = functools.cache(lambda skip: ScoredText.of(self.tokenizer, blocks, skip))
+        return {name: _with_text(report, counted) for name, report in scores.items()}
 
     def export(self, folder: str | Path, card: ModelCard | None = None) -> None:
         """Writes safetensors, config.json, tokenizer.json and a model card."""
@@ -247,14 +249,6 @@ class Bundle:
         opened = open_data(data if data is not None else self.data)
         require_same_tokenizer(opened.tokenizer.fingerprint, self.tokenizer.fingerprint, f"model {self.folder}")
         return opened
-
-    def _with_bytes(self, report: Any, blocks: np.ndarray) -> Any:
-        """The report with the bytes of the text that its likelihood is about, where it has one."""
-        likelihood = getattr(report, "likelihood", None)
-        if likelihood is None:
-            return report
-        skip = blocks.shape[1] - int(likelihood.count[0])
-        return dataclasses.replace(report, text_bytes=scored_bytes(self.tokenizer.decode, blocks, skip))
 
     def training_data(self, otherwise: Data) -> Data:
         """What it was trained on, if that is still at hand."""
@@ -319,3 +313,11 @@ class Bundle:
                 say(whole[len(written) :])
                 written = whole
         return result
+
+
+def _with_text(report: Any, counted: Callable[[int], ScoredText]) -> Any:
+    """The report with the bytes and words of the text that its likelihood is about, where it has one."""
+    likelihood = getattr(report, "likelihood", None)
+    if likelihood is None:
+        return report
+    return dataclasses.replace(report, scored=counted(likelihood.block_tokens - int(likelihood.count[0])))

@@ -1,7 +1,7 @@
 """A closer look at a trained model than its scores: likelihood bound, cost, latents, and where it goes wrong.
 
 Each function takes a loaded model (`calm.load`) and a folder of prepared data, and gives a report object; the commands
-`calm evaluate --bound`, `calm inspect autoencoder` and `calm diagnose` print these.
+`calm evaluate --bound` and `--stride`, `calm inspect autoencoder` and `calm diagnose` print these.
 """
 
 from pathlib import Path
@@ -14,11 +14,13 @@ from calm.errors import UsageError
 from calm.heads.softmax import SoftmaxHead
 from calm.metrics.bits_per_byte import scored_bytes
 from calm.metrics.flops import Inference, Training, next_vector_inference, token_inference
+from calm.metrics.perplexity import ScoredText
 from calm.models import Decoding, NextVector, TokenLM
 from calm.models.ngram import fit_ngrams
 from calm.report.diagnosis import Diagnosis
 from calm.report.inspection import AutoencoderInspection
 from calm.report.likelihood import LikelihoodReport
+from calm.report.perplexity import PerplexityReport
 from calm.rng import stream
 from calm.stages import validation_blocks
 from calm.text.shards import Data
@@ -27,6 +29,7 @@ from calm.train.evaluate import text_protocol
 from calm.train.inspection import inspect_autoencoder
 from calm.train.likelihood import evaluate_likelihood
 from calm.train.run_folder import RunFolder
+from calm.train.token_likelihood import sliding_likelihood
 
 CALIBRATION_BLOCKS = 8
 
@@ -73,6 +76,34 @@ def likelihood_bound(
         num_samples=num_samples,
         text=_protocol(model, opened, split, seed),
         name=model.name,
+    )
+
+
+def sliding_window(
+    model: Bundle,
+    data: str | Path | None = None,
+    *,
+    stride: int,
+    split: str = "valid",
+    max_tokens: int | None = None,
+    seed: int = 0,
+) -> PerplexityReport:
+    """The likelihood of a whole split under a token model, its first `max_tokens` tokens or all, by a window that moves on by
+    `stride` tokens (`calm.train.token_likelihood`).
+    """
+    if not isinstance(model.lm, TokenLM):
+        raise UsageError(f"stride: {model.folder} is no token model; its likelihood is only bounded (--bound)")
+    opened = model.prepared_data(data)
+    text = opened.split(split)
+    tokens = text.read(0, min(text.num_tokens, max_tokens or text.num_tokens))
+    options: dict[str, Any] = dict(window=model.block_tokens, stride=stride)
+    sums, rows, first = sliding_likelihood(model.lm, tokens, text.documents, **options)
+    return PerplexityReport(
+        name=model.name,
+        protocol=_protocol(model, opened, split, seed),
+        stride=stride,
+        likelihood=sums,
+        scored=ScoredText.of(model.tokenizer, rows, first),
     )
 
 

@@ -10,7 +10,7 @@ from calm.errors import UsageError
 from calm.heads.hidden_flow import HiddenFlow
 from calm.models import TokenLMConfig
 from calm.nn import BackboneConfig
-from calm.train.token_likelihood import token_likelihood
+from calm.train.token_likelihood import sliding_likelihood, token_likelihood, windows
 from calm.train.token_objective import TokenLossConfig, TokenObjective
 
 SMALL = TokenLMConfig(vocab_size=24, backbone=BackboneConfig(dim=16, num_layers=2, num_heads=2, num_kv_heads=1, inner_dim=24))
@@ -62,6 +62,28 @@ def test_skipped_tokens_are_read_and_not_scored(trained):
     assert some.count.sum() == 4 * 12
     with pytest.raises(UsageError, match="skip"):
         token_likelihood(lm, TOKENS, DOCUMENTS, skip=16)
+
+
+@pytest.mark.parametrize(("length", "window", "stride"), [(16, 16, 4), (17, 16, 4), (37, 8, 3), (40, 8, 7), (24, 8, 1)])
+def test_windows_score_every_token_but_the_first_once(length, window, stride):
+    starts, first = windows(length, window, stride)
+    scored = np.concatenate([np.arange(start + at, start + window) for start, at in zip(starts, first, strict=True)])
+    np.testing.assert_array_equal(scored, np.arange(1, length))
+    assert (first[1:] >= window - stride).all() and first[0] == 1
+
+
+def test_a_sliding_window_is_the_likelihood_of_each_token_in_its_window(trained):
+    lm, text = trained[0].module(trained[1]), TOKENS.reshape(-1)
+    sums, rows, first = sliding_likelihood(lm, text, np.array([0, 30]), window=16, stride=6)
+    assert sums.count.sum() == len(text) - 1
+    for row, at, total in zip(rows, first, sums.total, strict=True):
+        alone = token_likelihood(lm, row[None], np.zeros(1, int), skip=int(at))
+        np.testing.assert_allclose(total, alone.total[0], rtol=1e-4)
+    np.testing.assert_array_equal(sums.document, [0, 0, 0, 0, 1, 1, 1, 1, 1])  # the fifth scores tokens from 34 on
+    with pytest.raises(UsageError, match="stride: must lie in 1..15"):
+        sliding_likelihood(lm, text, np.zeros(1, int), window=16, stride=16)
+    with pytest.raises(UsageError, match="fewer than one window"):
+        sliding_likelihood(lm, text[:9], np.zeros(1, int), window=16, stride=4)
 
 
 def test_flops_count_forward_and_backward():

@@ -35,6 +35,9 @@ class Evaluate:
     """Also bound the likelihood by this many samples of the latent (64, or up to 1024 on little text); 0 = no."""
     bound_tokens: int = 16 * 1024
     """Tokens on which it is bounded: each costs as much as all its samples."""
+    stride: int = 0
+    """Of a token model: also score the whole split under a window that moves by so many tokens, as perplexities are published
+    (half the training length is usual); 0 = no."""
     samples: int = 0
     """Let the model write this many continuations of held-out prompts, and score them too; 0 = none."""
     judge: str | None = None
@@ -59,11 +62,14 @@ class Evaluate:
         judge = None if self.judge is None else bundle.load(self.judge)
         if judge is not None:
             as_judge(judge, model)  # one that cannot judge is refused before the long part
-        bound: dict[str, Any] = {}
+        likelihood: dict[str, Any] = {}
         if self.bound:
             options: dict[str, Any] = dict(split=self.split, max_tokens=self.bound_tokens, seed=self.seed)
-            bound["bound"] = examine.likelihood_bound(model, self.data, num_samples=self.bound, **options)
-        scores = bound | model.evaluate(
+            likelihood["bound"] = examine.likelihood_bound(model, self.data, num_samples=self.bound, **options)
+        if self.stride:
+            options = dict(split=self.split, max_tokens=self.max_tokens, seed=self.seed)
+            likelihood["sliding"] = examine.sliding_window(model, self.data, stride=self.stride, **options)
+        scores = likelihood | model.evaluate(
             self.data,
             split=self.split,
             max_tokens=self.max_tokens,
@@ -103,6 +109,8 @@ class Evaluate:
                 brier_table([scores[name] for name in ("world", "lm", "bigram", "unigram") if name in scores]),
                 scores["against_bigram"].table(),
             ]
+        if "sliding" in scores:
+            parts.append(scores["sliding"].table())
         if "bound" in scores:
             parts.append(scores["bound"].table())
         cost = flops_line(scores["flops"]["inference"], scores["flops"]["training"])

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import json
-import math
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -14,6 +13,7 @@ from calm.errors import UsageError
 from calm.metrics.accumulate import BlockSums, Interval, bootstrap
 from calm.metrics.bits_per_byte import bits_per_byte
 from calm.metrics.brier_lm import ORDERS, BrierIntervals, Protocol, TextProtocol, brier_intervals, brier_lm, compare_brier
+from calm.metrics.perplexity import ScoredText, exp, word_perplexity
 from calm.report.tables import interval_text, table
 
 BRIER_N = [f"Brier-{n + 1}" for n in range(ORDERS)]
@@ -36,6 +36,15 @@ def _from_lists(values: dict | None) -> BlockSums | None:
     )
 
 
+def scored_to_lists(scored: ScoredText) -> dict[str, Any]:
+    return {name: value.tolist() if isinstance(value, np.ndarray) else value for name, value in vars(scored).items()}
+
+
+def scored_from_lists(values: dict[str, Any]) -> ScoredText:
+    arrays = {name: np.asarray(values[name], np.float64) for name in ("bytes", "words")}
+    return ScoredText(**{**values, **arrays})
+
+
 def _mean(sums: BlockSums | None) -> Interval | None:
     return None if sums is None else bootstrap(sums, [lambda means: means[..., 0]])[0]
 
@@ -48,7 +57,7 @@ class BrierReport:
         scores: Brier-1..4 (unscaled).
         energy: energy loss of each position, or None.
         likelihood: negative log-likelihood in nats of each token, or None where it is not known.
-        text_bytes: bytes of the text that the tokens of `likelihood` stand for, for each block, or None where nobody counted.
+        scored: bytes and words of the text that the tokens of `likelihood` stand for, or None where nobody counted.
         tokens_per_second: tokens scored per second, compilation excluded, or None.
     """
 
@@ -57,7 +66,7 @@ class BrierReport:
     scores: BlockSums
     energy: BlockSums | None = None
     likelihood: BlockSums | None = None
-    text_bytes: np.ndarray | None = None
+    scored: ScoredText | None = None
     tokens_per_second: float | None = None
 
     @functools.cached_property
@@ -85,17 +94,28 @@ class BrierReport:
     @functools.cached_property
     def perplexity(self) -> Interval | None:
         """exp of nats per token: of this tokenizer's tokens alone."""
-        nats = self.nats_per_token
-        if nats is None:
+        return None if self.nats_per_token is None else exp(self.nats_per_token)
+
+    @functools.cached_property
+    def word_perplexity(self) -> Interval | None:
+        """exp of all nats over all words, line ends counted (`calm.metrics.perplexity`); None for text without words."""
+        if self.likelihood is None or self.scored is None or not self.scored.words.sum():
             return None
-        return dataclasses.replace(nats, estimate=math.exp(nats.estimate), low=math.exp(nats.low), high=math.exp(nats.high))
+        return word_perplexity(self.likelihood, self.scored.words)
 
     @functools.cached_property
     def bits_per_byte(self) -> Interval | None:
         """The likelihood in a unit that models of different tokenizers share (`calm.metrics.bits_per_byte`)."""
-        if self.likelihood is None or self.text_bytes is None:
+        if self.likelihood is None or self.scored is None:
             return None
-        return bits_per_byte(self.likelihood, self.text_bytes)
+        return bits_per_byte(self.likelihood, self.scored.bytes)
+
+    @property
+    def perplexity_convention(self) -> str | None:
+        """How its perplexities are to be read."""
+        if self.likelihood is None or self.scored is None:
+            return None
+        return self.scored.convention(int(self.likelihood.count.sum()))
 
     def scalars(self) -> dict[str, float]:
         """The estimates alone, without the bootstrap: for a training log."""
@@ -117,13 +137,15 @@ class BrierReport:
             "energy_loss": self.energy_loss and self.energy_loss.to_dict(),
             "nats_per_token": self.nats_per_token and self.nats_per_token.to_dict(),
             "perplexity": self.perplexity and self.perplexity.to_dict(),
+            "word_perplexity": self.word_perplexity and self.word_perplexity.to_dict(),
             "bits_per_byte": self.bits_per_byte and self.bits_per_byte.to_dict(),
+            "perplexity_convention": self.perplexity_convention,
             "positions": int(self.scores.count.sum()),
             "tokens_per_second": self.tokens_per_second,
         }
         if per_block:
             values["blocks"] = {name: _to_lists(getattr(self, name)) for name in ("scores", "energy", "likelihood")}
-            values["text_bytes"] = None if self.text_bytes is None else self.text_bytes.tolist()
+            values["scored"] = None if self.scored is None else scored_to_lists(self.scored)
         return values
 
     @classmethod
@@ -132,8 +154,8 @@ class BrierReport:
             raise UsageError(f"the scores of {values.get('name')!r} hold no sums of blocks: evaluate again")
         sums: dict[str, Any] = {name: _from_lists(lists) for name, lists in values["blocks"].items()}
         rate, protocol = values["tokens_per_second"], Protocol(**values["protocol"])
-        counted = values.get("text_bytes")
-        sums["text_bytes"] = None if counted is None else np.asarray(counted, np.float64)
+        counted = values.get("scored")
+        sums["scored"] = None if counted is None else scored_from_lists(counted)
         return cls(name=values["name"], protocol=protocol, tokens_per_second=rate, **sums)
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -157,6 +179,7 @@ def brier_table(reports: Sequence[BrierReport], *, markdown: bool = False) -> st
         ("energy", "energy_loss"),
         ("nats/token", "nats_per_token"),
         ("perplexity", "perplexity"),
+        ("perplexity/word", "word_perplexity"),
         ("bits/byte", "bits_per_byte"),
     ]
     optional = [(title, name) for title, name in optional if any(getattr(report, name) for report in reports)]
@@ -168,6 +191,7 @@ def brier_table(reports: Sequence[BrierReport], *, markdown: bool = False) -> st
         rows.append([report.name, *(interval_text(cell, 3) for cell in cells)])
     # A model scored in closed form differs from a sampled one in its last words only: each line is printed once.
     below = list(dict.fromkeys(report.protocol.line() for report in reports))
+    below += dict.fromkeys(line for report in reports if (line := report.perplexity_convention))
     unit = reports[0].brier_n[0]
     below.append(f"{100 * unit.level:g} % intervals by bootstrap over units: {unit.units} x {unit.unit}")
     return "\n".join([table([*header, *[title for title, _ in optional]], rows, markdown=markdown), "", *below])
