@@ -11,6 +11,7 @@ from calm.errors import UsageError
 from calm.experiments import runner, studies
 from calm.experiments.runner import Cell, autoencoder_flops, flops_per_token, grid, parse_axes, run_cells, sized, taken
 from calm.experiments.scoring import over_seeds, results_table
+from calm.experiments.study import LanguageModelStudy, Place, Request
 from calm.models.token_lm import TokenLMConfig
 from calm.nn import BackboneConfig
 from calm.stages import LatentLMRun, TokenLMRun, load_run_config
@@ -112,13 +113,14 @@ def test_intervals_over_seeds_are_students():
     assert any(line.split()[:3] == ["a", "2", "2.000"] for line in lines) and any(line.split()[-1] == "-" for line in lines)
 
 
-@pytest.mark.parametrize("name", studies.STUDIES)
+@pytest.mark.parametrize("name", [name for name, study in studies.STUDIES.items() if isinstance(study, LanguageModelStudy)])
 def test_every_study_is_made_of_runs_that_can_be_built(name, tmp_path):
     """Their configurations survive being written and read, and their names differ."""
     from calm import config
 
-    study, place = studies.get(name), studies.Place("data", tmp_path)
-    cells = [*studies.autoencoders(study, place), *study.cells(place, 1e12)]
+    study, place = studies.get(name), Place("data", tmp_path)
+    assert isinstance(study, LanguageModelStudy)
+    cells = [*study.autoencoders(place), *study.cells(place, 1e12)]
     assert len({cell.name for cell in cells}) == len(cells)
     for cell in cells:
         (tmp_path / "config.toml").write_text(config.to_toml(cell.run))
@@ -126,10 +128,10 @@ def test_every_study_is_made_of_runs_that_can_be_built(name, tmp_path):
 
 
 def test_a_study_from_the_command_line(tiny_runs, tmp_path, monkeypatch):
-    def cells(place: studies.Place, budget: float | None) -> list[Cell]:
+    def cells(place: Place, budget: float | None) -> list[Cell]:
         return [Cell(name="token", run=token_run(tiny_runs)), Cell(name="calm", run=latent_run(tiny_runs), budget=budget)]
 
-    monkeypatch.setitem(studies.STUDIES, "stems", studies.Study(summary="a small one", chunk_sizes=(), cells=cells))
+    monkeypatch.setitem(studies.STUDIES, "stems", LanguageModelStudy(summary="a small one", chunk_sizes=(), cells=cells))
     words = ["--data", str(tiny_runs / "data"), "--out", str(tmp_path), "--split", "valid", "--max-tokens", "768"]
     words += ["--precision", "float32"]
     result = tiny.run("experiment", "stems", *words, "--bound-samples", "2", "--texts", "2", "--speed-tokens", "8")
@@ -142,3 +144,31 @@ def test_a_study_from_the_command_line(tiny_runs, tmp_path, monkeypatch):
     assert json.dumps(again["results"]) == json.dumps(result["results"])
     code, answer, _ = tiny.calm("experiment", "stem", *words)
     assert code == 2 and "did you mean 'stems'" in answer["error"]
+    code, answer, _ = tiny.calm("experiment", "stems", *words[2:])
+    assert code == 2 and "stems: needs --data" in answer["error"]
+    code, answer, _ = tiny.calm("experiment", "stems", *words, "--only", "tokens")
+    assert code == 2 and "there is no cell 'tokens'; there are: token, calm" in answer["error"]
+
+
+def test_a_study_may_be_anything_that_runs(tmp_path, monkeypatch):
+    """It reads what it says it reads, and what else the command gives is refused."""
+
+    class Count:
+        summary, options = "how many seeds were asked for", frozenset(("budget",))
+
+        def run(self, request: Request) -> dict:
+            return request.written([{"seeds": len(request.seeds), "budget": request.budget}], "counted")
+
+    monkeypatch.setitem(studies.STUDIES, "count", Count())
+    result = tiny.run("experiment", "count", "--out", str(tmp_path / "x"), "--seeds", "4", "5", "--budget", "3e9")
+    assert result["results"] == [{"seeds": 2, "budget": 3e9}]
+    assert (tmp_path / "x" / "count.md").read_text() == "counted\n"
+    for words, option in (
+        (("--data", "d"), "--data"),
+        (("--speed-tokens", "3"), "--speed-tokens"),
+        (("--grid", "a=1"), "--grid"),
+    ):
+        code, answer, _ = tiny.calm("experiment", "count", "--out", str(tmp_path), *words)
+        assert code == 2 and f"count: has no use for {option}; leave it out" in answer["error"]
+    with pytest.raises(UsageError, match="seeds must be one or more different numbers"):
+        Request(name="count", out=tmp_path, seeds=(1, 1))

@@ -12,15 +12,16 @@ class Experiment:
     in several terminals on one folder to share the cells out.
 
     Studies: chunk-sizes (a token model and CALM at K = 1, 2, 4, at equal compute), recipes (what makes CALM learn at small
-    scale), stems (tokens, latents or both as input).
+    scale), stems (tokens, latents or both as input), memory (which mixer remembers what). An option that a study has no use
+    for is refused.
     """
 
     name: Annotated[str, tyro.conf.Positional]
     """The study."""
-    data: str
-    """Prepared data (`calm data prepare`)."""
     out: str
     """Folder for the cells and the table."""
+    data: str | None = None
+    """Prepared data (`calm data prepare`), for studies that read text."""
     seeds: tuple[int, ...] = (0,)
     """Every cell is run once for each."""
     budget: float | None = None
@@ -28,7 +29,7 @@ class Experiment:
     grid: tuple[str, ...] = ()
     """KEY=VALUE,VALUE: every cell for every value, such as loss.auxiliary_weight=0,1,3; several make several axes."""
     only: tuple[str, ...] = ()
-    """Names of the cells to run; without it, all."""
+    """Names of the cells to run, or patterns such as recall-*; without it, all."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """In which the cells are scored."""
     split: str = "test"
@@ -45,10 +46,15 @@ class Experiment:
     """Measure generation over so many tokens; 0 = not. Wants a quiet machine."""
 
     def run(self) -> dict[str, Any]:
+        from pathlib import Path
+
+        from calm.experiments import studies
         from calm.experiments.runner import parse_axes
         from calm.experiments.scoring import LanguageModelScore
-        from calm.experiments.study import run_study
+        from calm.experiments.study import Request
 
+        study = studies.get(self.name)
+        self._check(study.options)
         score = LanguageModelScore(
             precision=self.precision,
             split=self.split,
@@ -58,10 +64,28 @@ class Experiment:
             texts=self.texts,
             speed_tokens=self.speed_tokens,
         )
-        axes = parse_axes(self.grid)
-        return run_study(
-            self.name, self.data, self.out, seeds=self.seeds, budget=self.budget, axes=axes, only=self.only, score=score
+        request = Request(
+            name=self.name,
+            out=Path(self.out),
+            data=self.data,
+            seeds=self.seeds,
+            budget=self.budget,
+            axes=parse_axes(self.grid),
+            only=self.only,
+            score=score,
         )
+        return study.run(request)
+
+    def _check(self, options: frozenset[str]) -> None:
+        """Raises UsageError for data that is missing, and for an option that the study would not read."""
+        from calm.errors import UsageError
+
+        if "data" in options and self.data is None:
+            raise UsageError(f"experiment {self.name}: needs --data, a folder of prepared data")
+        for field in dataclasses.fields(self):
+            told = field.default is not dataclasses.MISSING and getattr(self, field.name) != field.default
+            if told and field.name not in options | {"seeds", "only"}:
+                raise UsageError(f"experiment {self.name}: has no use for --{field.name.replace('_', '-')}; leave it out")
 
     def show(self, result: dict[str, Any]) -> str:
         return result["summary"]

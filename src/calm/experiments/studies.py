@@ -1,4 +1,4 @@
-"""What is compared: each study is a list of cells at one budget of training FLOPs, from prepared data.
+"""The studies that there are, by name. Most are a list of language models at one budget of training FLOPs.
 
 All language models have the backbone of the presets `wikitext2-tiny` (4 layers of width 256), rows of 512 tokens, two rows a
 step, and their own best learning rate; a cell's autoencoder is trained first, once for each K, and paid for from the cell's
@@ -6,51 +6,23 @@ budget.
 """
 
 import dataclasses
-from collections.abc import Callable
-from pathlib import Path
 
 from calm import presets
 from calm.config import suggestion
 from calm.errors import UsageError
+from calm.experiments.memory import MemoryStudy
+from calm.experiments.loss_kinds import LossKindStudy
 from calm.experiments.runner import Cell
+from calm.experiments.study import LanguageModelStudy, Place, Study
 from calm.heads import EnergyHeadConfig, FlowHeadConfig, MixtureHeadConfig
 from calm.models import LatentLMConfig
 from calm.models.context_decoder import ContextDecoderConfig
-from calm.stages import AutoencoderRun, LatentLMRun, TokenLMRun
+from calm.stages import LatentLMRun, TokenLMRun
 from calm.train.objective import LatentLossConfig
 from calm.train.settings import TrainConfig
 
-LATENT_DIMS = {1: 32, 2: 48, 4: 64, 8: 128}
 ROWS, NUM_TOKENS = 2, 512
 RATES = {"token": 3e-3, "pure": 2e-3, "written": 6e-3}
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Study:
-    """A question, and the cells that answer it."""
-
-    summary: str
-    chunk_sizes: tuple[int, ...]
-    """K of the autoencoders that its cells need"""
-    cells: Callable[["Place", float | None], list[Cell]]
-
-
-@dataclasses.dataclass(frozen=True)
-class Place:
-    """Where a study reads and writes."""
-
-    data: str
-    out: Path
-
-    def autoencoder(self, chunk_size: int) -> Path:
-        """The run folder of the autoencoder for K."""
-        return self.out / f"autoencoder-k{chunk_size}" / "seed-0"
-
-
-def autoencoders(study: Study, place: Place) -> list[Cell]:
-    """The stage-1 runs that a study's cells stand on."""
-    base = presets.get("quickstart").autoencoder
-    return [Cell(name=f"autoencoder-k{k}", run=_autoencoder(base, place, k)) for k in study.chunk_sizes]
 
 
 def get(name: str) -> Study:
@@ -61,11 +33,6 @@ def get(name: str) -> Study:
 
 
 # -- cells ------------------------------------------------------------------------------------------------------------
-
-
-def _autoencoder(base: AutoencoderRun, place: Place, chunk_size: int) -> AutoencoderRun:
-    model = dataclasses.replace(base.model, chunk_size=chunk_size, latent_dim=LATENT_DIMS[chunk_size])
-    return dataclasses.replace(base, data=place.data, model=model)
 
 
 def _train(base: TrainConfig, rate: float, best: str) -> TrainConfig:
@@ -162,10 +129,12 @@ def _stems(place: Place, budget: float | None) -> list[Cell]:
     return cells
 
 
-STUDIES = {
-    "chunk-sizes": Study(
+STUDIES: dict[str, Study] = {
+    "chunk-sizes": LanguageModelStudy(
         summary="a token model and CALM at K = 1, 2, 4, at equal training compute", chunk_sizes=(4, 2, 1), cells=_chunk_sizes
     ),
-    "recipes": Study(summary="what makes CALM learn at small scale, at K = 4", chunk_sizes=(4,), cells=_recipes),
-    "stems": Study(summary="what the backbone reads: tokens, latents or both", chunk_sizes=(4,), cells=_stems),
+    "recipes": LanguageModelStudy(summary="what makes CALM learn at small scale, at K = 4", chunk_sizes=(4,), cells=_recipes),
+    "stems": LanguageModelStudy(summary="what the backbone reads: tokens, latents or both", chunk_sizes=(4,), cells=_stems),
+    "memory": MemoryStudy(),
+    "losses": LossKindStudy(),
 }

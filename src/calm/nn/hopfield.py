@@ -196,9 +196,10 @@ class Hopfield(nnx.Module):
     @property
     def beta(self) -> Float[Array, "H"]:
         """The inverse temperature of each head."""
-        if self.log_beta is None:
-            return jnp.full((self.config.num_heads,), self.config.beta, jnp.float32)
-        return jnp.exp(self.log_beta[...])
+        if self.log_beta is not None:
+            return jnp.exp(self.log_beta[...])
+        assert self.config.beta is not None
+        return jnp.full((self.config.num_heads,), self.config.beta, jnp.float32)
 
     def shares(self, hidden: Float[Array, "B N D"], depths: Bool[Array, "depths"] | None = None) -> Float[Array, "B N depths"]:
         """The gate: what share each depth has at each position; those that the layer does not have, none."""
