@@ -111,7 +111,10 @@ def test_a_grid_varies_any_setting(small_tasks, tmp_path):
 
 @pytest.mark.parametrize(
     ("changes", "words"),
-    [({"task": "recal-4"}, "unknown task 'recal-4' .did you mean 'recall-4'"), ({"steps": 0}, "steps and batch_size must be at least 1")],
+    [
+        ({"task": "recal-4"}, "unknown task 'recal-4' .did you mean 'recall-4'"),
+        ({"steps": 0}, "steps and batch_size must be at least 1"),
+    ],
 )
 def test_runs_that_cannot_be_are_refused(changes, words):
     with pytest.raises(UsageError, match=words):
