@@ -160,6 +160,7 @@ KEY = jax.random.key(1)
 def test_the_three_kinds_of_loss_are_weights_of_one_objective():
     """calm = energy, rf = direction, calm_rf = energy + lambda direction; whichever is on, both are measured."""
     both, calm, rf = objective(direction_weight=0.5), objective(), objective(energy_weight=0.0, direction_weight=1.0)
+    bare = objective(EnergyHeadConfig(num_blocks=1, noise_dim=3))
     codec = random_model(CODEC)
 
     @jax.jit
@@ -181,7 +182,9 @@ def test_the_three_kinds_of_loss_are_weights_of_one_objective():
         np.testing.assert_allclose([terms["fidelity"], terms["diversity"]], [fidelity.mean(), diversity.mean()], rtol=1e-4)
         np.testing.assert_allclose(terms["fidelity_at"], fidelity.mean(0), rtol=1e-4)
         assert terms["fidelity_at"].shape == (5,)
-    assert ["direction" in terms for _, terms in results] == [True, False, True]
+        np.testing.assert_allclose(terms["direction"], direction, rtol=1e-4)
+    measured = jax.eval_shape(lambda: bare.loss(bare.init(KEY), bare.frozen, TOKENS, KEY)[1])
+    assert set(measured) == {"energy", "fidelity", "diversity", "fidelity_at"}  # without gate or weight there is no direction
 
 
 @pytest.mark.parametrize(("source", "moves"), [("previous", True), ("noise", False)])

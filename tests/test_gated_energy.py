@@ -102,10 +102,10 @@ def test_flops_are_those_of_the_products_in_the_program(kind):
 
 
 @partial(jax.jit, static_argnames=("config", "steps"))
-def trained_gates(config: GatedEnergyHeadConfig, hidden, mean, std, steps: int = 300):
+def trained_gates(config: GatedEnergyHeadConfig, hidden, mean, std, steps: int = 200):
     """Gates and g * delta of a head trained by the energy score alone on draws of N(mean, std^2), from 4 positions on."""
     graphdef, params = nnx.split(config.build(DIM, mean.shape[-1], rngs=nnx.Rngs(0)))
-    optimizer = optax.adam(optax.cosine_decay_schedule(0.05, steps))
+    optimizer = optax.adam(optax.cosine_decay_schedule(0.02, steps))
 
     def step(carry, key):
         params, state = carry
@@ -133,8 +133,8 @@ def test_the_energy_score_sets_one_minus_the_gate_to_the_spread_of_the_truth(std
     mean = jnp.broadcast_to(jnp.asarray(normal(WIDTH)), (ROWS, WIDTH))
     config = GatedEnergyHeadConfig(num_blocks=1, gate="scalar")
     gates, centre = trained_gates(config, jnp.ones((ROWS, DIM)), mean, jnp.full_like(mean, std))
-    np.testing.assert_allclose(1 - gates, std, atol=0.04)
-    np.testing.assert_allclose(centre, mean, atol=0.15)
+    np.testing.assert_allclose(1 - gates, std, atol=0.02)
+    np.testing.assert_allclose(centre, mean, atol=0.1)
 
 
 def test_a_dynamic_gate_tells_what_is_known_from_what_is_not():
@@ -143,10 +143,10 @@ def test_a_dynamic_gate_tells_what_is_known_from_what_is_not():
     hidden = jnp.asarray(normal(2, DIM)[which])
     spread = np.where(np.arange(WIDTH) < WIDTH // 2, *(np.array([[0.1], [0.6]])[which], np.array([[0.4], [0.9]])[which]))
     config = GatedEnergyHeadConfig(num_blocks=1, gate="dynamic")
-    gates, _ = trained_gates(config, hidden, jnp.zeros((ROWS, WIDTH)), jnp.asarray(spread, jnp.float32), steps=500)
+    gates, _ = trained_gates(config, hidden, jnp.zeros((ROWS, WIDTH)), jnp.asarray(spread, jnp.float32))
     found = 1 - np.asarray(gates)
     halves = [[found[state, :6].mean(), found[state, 6:].mean()] for state in (0, 1)]
-    np.testing.assert_allclose(halves, [[0.1, 0.4], [0.6, 0.9]], atol=0.08)
+    np.testing.assert_allclose(halves, [[0.1, 0.4], [0.6, 0.9]], atol=0.04)
 
 
 # -- what is measured -------------------------------------------------------------------------------------------------

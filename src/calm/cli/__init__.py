@@ -44,6 +44,7 @@ VERBS = {
     "frontier": Verb("frontier", "Frontier", "accuracy against collision over temperatures and numbers of candidates"),
     "import official": Verb("import_model", "ImportOfficial", "read a published PyTorch checkpoint into a folder of ours"),
     "inspect autoencoder": Verb("inspect", "InspectAutoencoder", "look at latents: noise, KL, spread, smoothness"),
+    "inspect losses": Verb("inspect", "InspectLosses", "what a language model's loss was made of, step by step, as .npz"),
     "diagnose": Verb("diagnose", "Diagnose", "name the first stage at which a language model fails"),
     "experiment": Verb("experiment", "Experiment", "run a study of many short runs at equal compute, resumable cell by cell"),
     "export": Verb("export", "Export", "write a run as safetensors + config.json + tokenizer.json + model card"),

@@ -1,4 +1,4 @@
-"""`calm inspect autoencoder RUN`: what the latents are like."""
+"""`calm inspect autoencoder RUN`: what the latents are like; `calm inspect losses RUN`: what the loss was made of."""
 
 import dataclasses
 import json
@@ -38,3 +38,31 @@ class InspectAutoencoder:
 
     def show(self, result: dict[str, Any]) -> str:
         return f"{result['autoencoder'].table()}\npicture: {result['picture']}"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class InspectLosses:
+    """Shows what a language model's loss was made of, step by step: fidelity, diversity, direction, gate, fidelity by position;
+    and keeps it as a file of arrays (d_fid, d_div, rf_loss, gate_mean, fidelity_per_step, gate_histogram) with a picture.
+    """
+
+    folder: Annotated[str, tyro.conf.Positional]
+    """The run folder of a language model; it may still be training."""
+    out: str | None = None
+    """The .npz to write, with the picture beside it; without it, plots/losses.npz in the run folder."""
+
+    def run(self) -> dict[str, Any]:
+        from calm.errors import UsageError
+        from calm.report.losses import LossCourse
+
+        out = Path(self.out) if self.out is not None else Path(self.folder) / "plots" / "losses.npz"
+        if out.suffix != ".npz":
+            raise UsageError(f"--out {out}: name a file that ends in .npz")
+        course = LossCourse.read(self.folder)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        course.save(out)
+        course.plot(out.with_suffix(".png"))
+        return {"losses": course, "file": str(out), "picture": str(out.with_suffix(".png"))}
+
+    def show(self, result: dict[str, Any]) -> str:
+        return f"{result['losses'].table()}\narrays: {result['file']}\npicture: {result['picture']}"

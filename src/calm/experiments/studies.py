@@ -10,8 +10,8 @@ import dataclasses
 from calm import presets
 from calm.config import suggestion
 from calm.errors import UsageError
-from calm.experiments.memory import MemoryStudy
 from calm.experiments.loss_kinds import LossKindStudy
+from calm.experiments.memory import MemoryStudy
 from calm.experiments.runner import Cell
 from calm.experiments.study import LanguageModelStudy, Place, Study
 from calm.heads import EnergyHeadConfig, FlowHeadConfig, MixtureHeadConfig

@@ -6,20 +6,31 @@ rates are ten times higher with a cosine, a third of the autoencoder's chunks is
 trained by its likelihood, writes what the latent plans. The presets `-pure` have no such decoder: there the auxiliary
 cross-entropy is on.
 
-The published ones cite CALM, arXiv:2510.27688.
+The published ones cite CALM, arXiv:2510.27688. `calm-on-z` and `calm-seal` are after descriptions by J. Adam, 2025
+(docs/calm-on-z.md): steps, batches, contexts, kernel, slots and weights are theirs; widths, layers and learning rates, which
+they do not give, are ours.
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, Literal
 
 from calm.autoencoder import AutoencoderConfig
 from calm.config import suggestion
 from calm.errors import UsageError
-from calm.heads import DiffusionHeadConfig, EnergyHeadConfig, FlowHeadConfig, HeadConfig, MixtureHeadConfig
+from calm.heads import (
+    DiffusionHeadConfig,
+    EnergyHeadConfig,
+    FlowHeadConfig,
+    GatedEnergyHeadConfig,
+    HeadConfig,
+    MixtureHeadConfig,
+)
 from calm.models import LatentLMConfig
 from calm.models.context_decoder import ContextDecoderConfig
 from calm.models.token_lm import TokenLMConfig
 from calm.nn import BackboneConfig
+from calm.nn.conv_ssm import ConvSSMConfig
+from calm.nn.hopfield import HopfieldConfig
 from calm.stages import AutoencoderRun, LatentLMRun, TokenLMRun
 from calm.train.objective import AutoencoderLossConfig, LatentLossConfig
 from calm.train.optim import OptimizerConfig
@@ -154,6 +165,33 @@ def _with_head(preset: Preset, suffix: str, head: HeadConfig) -> Preset:
     return dataclasses.replace(preset, name=name, summary=f"{preset.name} with a {suffix} head", lm=lm)
 
 
+LossKind = Literal["calm", "rf", "calm_rf"]
+
+
+def loss_of_kind(kind: LossKind, rf_weight: float = 0.1, **others: Any) -> LatentLossConfig:
+    """The loss types of "Hybrid CALM-on-Z" as weights: calm, the energy score; rf, the direction term; calm_rf, their sum."""
+    energy, direction = {"calm": (1.0, 0.0), "rf": (0.0, 1.0), "calm_rf": (1.0, rf_weight)}[kind]
+    return LatentLossConfig(energy_weight=energy, direction_weight=direction, **others)
+
+
+def _on_z(
+    base: Preset, name: str, summary: str, *, num_tokens: int, head: GatedEnergyHeadConfig, loss: LatentLossConfig
+) -> Preset:
+    """`base` as a model on latents: it reads the last chunk's latent, passes convolutions (kernel 7) and Hopfield memories (64
+    slots) by turns, and ends in a gated energy head."""
+    heads = max(1, base.lm.model.backbone.dim // 64)
+    backbone = dataclasses.replace(
+        base.lm.model.backbone,
+        pattern="C,H",
+        conv=ConvSSMConfig(kernel=7),
+        hopfield=HopfieldConfig(memory="slots", num_slots=64, num_heads=heads),
+    )
+    model = dataclasses.replace(base.lm.model, stem="continuous", backbone=backbone, head=head)
+    train = dataclasses.replace(base.lm.train, num_tokens=num_tokens, best_metric="valid/objective", log_every=10)
+    lm = dataclasses.replace(base.lm, model=model, loss=loss, train=train)
+    return dataclasses.replace(base, name=name, summary=summary, lm=lm)
+
+
 def _published(name: str, dim: int, inner_dim: int) -> Preset:
     """Layers 16, heads of width 64, a head block for every four layers."""
     optimizer = OptimizerConfig(learning_rate=3e-4, warmup_steps=1000)
@@ -231,6 +269,39 @@ _HEADS: dict[str, HeadConfig] = {
     "mixture": MixtureHeadConfig(),
 }
 
+_Z = _small(
+    "z",
+    "",
+    tokenizer="bpe:8192",
+    width=256,
+    latent_dim=128,
+    dim=512,
+    inner_dim=1376,
+    layers=8,
+    head_blocks=2,
+    rows=8,
+    autoencoder_steps=2000,
+    lm_steps=4000,
+    learning_rate=1e-3,
+)
+_Z = dataclasses.replace(
+    _Z,
+    autoencoder=dataclasses.replace(
+        _Z.autoencoder, train=dataclasses.replace(_Z.autoencoder.train, batch_size=8, precision="bfloat16")
+    ),
+    lm=dataclasses.replace(_Z.lm, train=dataclasses.replace(_Z.lm.train, precision="bfloat16")),
+)
+_Z_TINY = _small(
+    "z-tiny",
+    "",
+    tokenizer="bpe:4096",
+    **_TINY,
+    rows=8,
+    autoencoder_steps=600,
+    lm_steps=1200,
+    learning_rate=2e-3,
+)
+
 _PRESETS = {
     preset.name: preset
     for preset in (
@@ -247,6 +318,30 @@ _PRESETS = {
         _PURE_TINY,
         _PURE_SMALL,
         *(_with_head(_PURE_TINY, kind, head) for kind, head in _HEADS.items()),
+        _on_z(
+            _Z,
+            "calm-on-z",
+            "a model on latents: convolution and Hopfield memory, gated energy head, direction term",
+            num_tokens=256,
+            head=GatedEnergyHeadConfig(gate="dimension"),
+            loss=loss_of_kind("calm_rf", 0.1),
+        ),
+        _on_z(
+            _Z,
+            "calm-seal",
+            "calm-on-z with 128 latents, a heavy direction term and a gate that the hidden state sets",
+            num_tokens=512,
+            head=GatedEnergyHeadConfig(gate="dynamic"),
+            loss=loss_of_kind("calm_rf", 2.0),
+        ),
+        _on_z(
+            _Z_TINY,
+            "z-tiny",
+            "calm-on-z for two cores, with the auxiliary cross-entropy",
+            num_tokens=256,
+            head=GatedEnergyHeadConfig(num_blocks=1),
+            loss=loss_of_kind("calm_rf", 0.1, auxiliary_weight=1.0),
+        ),
         _published("calm-m", 1024, 2752),
         _published("calm-l", 1536, 4096),
         _published("calm-xl", 2560, 6880),

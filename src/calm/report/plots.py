@@ -2,11 +2,12 @@
 display.
 """
 
+import contextlib
 import itertools
 import json
 import os
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from calm.errors import UsageError
 from calm.metrics.brier_lm import ORDERS
@@ -41,23 +42,32 @@ def _tidy(axes: "Axes", title: str, x: str, y: str) -> None:
     axes.set_axisbelow(True)
 
 
-def read_metrics(path: Path) -> dict[str, tuple[list[float], list[float]]]:
-    """Every numeric key of a `metrics.jsonl` as its steps and values. A half-written last line is left out.
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The records of a `metrics.jsonl`. A half-written last line is left out.
 
     Raises:
-        UsageError: no such file, or no line with a step.
+        UsageError: no such file.
     """
-    curves: dict[str, tuple[list[float], list[float]]] = {}
     try:
         with open(path, encoding="utf-8") as file:
             lines = file.readlines()
     except OSError as error:
         raise UsageError(f"{path}: {error.strerror}") from error
+    rows = []
     for line in lines:
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            continue
+        with contextlib.suppress(json.JSONDecodeError):
+            rows.append(json.loads(line))
+    return rows
+
+
+def read_metrics(path: Path) -> dict[str, tuple[list[float], list[float]]]:
+    """Every numeric key of a `metrics.jsonl` as its steps and values.
+
+    Raises:
+        UsageError: no such file, or no line with a step.
+    """
+    curves: dict[str, tuple[list[float], list[float]]] = {}
+    for row in read_rows(path):
         for name, value in row.items():
             if name != "step" and isinstance(value, int | float) and not isinstance(value, bool) and "step" in row:
                 steps, values = curves.setdefault(name, ([], []))

@@ -277,10 +277,10 @@ class LatentObjective:
             terms |= {"fidelity": mean(fidelity), "diversity": mean(diversity), "fidelity_at": fidelity.mean(0)}
             terms["energy"] = mean(2 * fidelity - diversity)
             loss += weigh.energy_weight_at(step) * terms["energy"] if weigh.energy_weight else 0
-        if weigh.direction_weight:
-            origin = self._origin(autoencoder, lm, noise, chunks, posterior.mean)
-            terms["direction"] = mean(direction_loss(samples, posterior.mean, origin))
-            loss += weigh.direction_weight * terms["direction"]
+            if weigh.direction_weight or isinstance(lm.head, GatedEnergyHead):  # beside a gate it is measured
+                origin = self._origin(autoencoder, lm, noise, chunks, posterior.mean)
+                terms["direction"] = mean(direction_loss(samples, posterior.mean, origin))
+            loss += weigh.direction_weight * terms["direction"] if weigh.direction_weight else 0
         if self.has_own_loss and weigh.own_weight:
             terms["own"] = mean(head_loss(lm.head)(stream(key, "own"), hidden, posterior))
             loss += weigh.own_weight * terms["own"]
