@@ -10,10 +10,10 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from toy_training import CONFIG_TEXT, SAVE_EVERY, STEPS, ToyBatches, ToyObjective, run
+from toy_training import CONFIG_TEXT, SAVE_EVERY, STEPS, ToyBatches, ToyObjective, evaluate, run
 
 from calm.errors import Preempted, UsageError
-from calm.train.checkpoint import Checkpoints, load_parameters
+from calm.train.checkpoint import Checkpoints, load_parameters, parameter_target
 from calm.train.run_folder import best_step, read_records
 
 
@@ -69,6 +69,24 @@ def test_kill_9_loses_at_most_a_save_interval_and_never_the_run(uninterrupted, t
     assert 16 - saved <= 2 * SAVE_EVERY  # the newest may still have been on its way to the disk
     batches = ToyBatches()
     assert_same_end(uninterrupted, tmp_path, batches, run(tmp_path, batches))
+
+
+def test_the_average_is_what_is_evaluated_and_loaded_and_the_bare_parameters_go_on(uninterrupted, tmp_path):
+    """Of the best checkpoint, evaluation saw the average; it holds both, since training goes on from the bare ones."""
+    seen, shapes = {}, jax.eval_shape(ToyObjective().init, jax.random.key(0))
+
+    def look(params, step):
+        seen[step] = jax.device_get(params)
+        return evaluate(params, step)
+
+    run(tmp_path, evaluate=look)
+    loaded = load_parameters(tmp_path / "checkpoints", best_step(tmp_path), shapes)
+    for ours, theirs in zip(jax.tree.leaves(seen[12]), jax.tree.leaves(loaded), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    held = Checkpoints(tmp_path / "checkpoints", reads_only=True)
+    bare = held.restore(12, {"params": parameter_target(shapes)})[0]["params"]
+    held.close()
+    assert float(np.abs(bare["layers"]["kernel"] - loaded["layers"]["kernel"]).max()) > 1e-3
 
 
 def test_an_unreadable_newest_checkpoint_is_passed_over(uninterrupted, tmp_path):

@@ -1,5 +1,7 @@
 """Laws of one update, and of the optimiser in it."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -76,6 +78,27 @@ def test_the_moving_average_follows_its_recursion():
         decay = min(0.5, (1 + n) / (10 + n))
         np.testing.assert_allclose(average[n], decay * average[n - 1] + (1 - decay) * kernel[n], rtol=1e-5, atol=1e-7)
     assert states[0].best_params is states[0].average
+
+
+def test_the_moving_average_forgets_where_it_began():
+    """Under the rising decay (1 + n) / (10 + n) the states after n updates weigh what the recursion unrolled says, and what the
+    run began with one in C(n + 9, 9): no correction for its start is needed."""
+    step = make(ema_decay=0.999)
+    begun = jax.device_get(step.state(step.init(jax.random.key(0)))).params["layers"]["kernel"]
+    states = advance(step, 6)
+    decays = [(1 + n) / (10 + n) for n in range(6)]
+    later = [math.prod(decays[n + 1 :]) for n in range(6)]
+    average = begun / math.comb(15, 9)
+    for state, decay, factor in zip(states, decays, later, strict=True):
+        average = average + (1 - decay) * factor * state.params["layers"]["kernel"]
+    np.testing.assert_allclose(states[-1].average["layers"]["kernel"], average, rtol=1e-5, atol=1e-7)
+
+
+def test_without_a_decay_there_is_no_average_and_the_parameters_are_as_with_one():
+    bare, averaged = advance(make(), 3)[-1], advance(make(ema_decay=0.9), 3)[-1]
+    assert not jax.tree.leaves(bare.average) and bare.best_params is bare.params
+    for ours, theirs in zip(jax.tree.leaves(bare.params), jax.tree.leaves(averaged.params), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
 
 
 def test_the_first_bad_step_is_remembered():

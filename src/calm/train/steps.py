@@ -59,7 +59,7 @@ class StepConfig:
     accumulation: int = 1
     """microbatches A of one update"""
     ema_decay: float = 0.0
-    """decay of the of the moving average of the parameters; 0 = none. Early steps use (1 + step) / (10 + step) if smaller"""
+    """decay of the moving average of the parameters; 0 = none. Early steps use (1 + step) / (10 + step) if smaller"""
     log_every: int = 1
     """metrics are averaged over the steps after the last multiple of this, up to the present one"""
 
