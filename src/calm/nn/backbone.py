@@ -331,7 +331,7 @@ class Backbone(nnx.Module):
         for number, (group, own) in enumerate(zip(self.config.groups, along["own"], strict=True)):
             width = len(group) if len(group) > 1 else 0
             bias = None if along["bias"] is None or not width else along["bias"][..., at : at + width]
-            parts.append(Beside(tap_of(number), bias, own))
+            parts.append(Beside(tap_of(number), bias, {letter: jnp.asarray(x) for letter, x in own.items()}))
             at += width
         return parts
 

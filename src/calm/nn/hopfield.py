@@ -73,9 +73,10 @@ def associate(
     for keys, _, seen in memories:
         own = keys.ndim > query.ndim
         found = _product("...rc,...mc->...rm", query[..., None, :] if own else query, keys, precision)
-        found = found[..., 0, :] if own else found
+        found = jnp.asarray(beta)[..., None, None] * (found[..., 0, :] if own else found)
+        # Masked last: a product with -1e30 is rounded one way in the softmax's maximum and another where it is subtracted.
         scores.append(found if seen is None else jnp.where(seen, found, _UNSEEN))
-    return jax.nn.softmax(jnp.asarray(beta)[..., None, None] * jnp.concatenate(scores, axis=-1), axis=-1)
+    return jax.nn.softmax(jnp.concatenate(scores, axis=-1), axis=-1)
 
 
 def read(
