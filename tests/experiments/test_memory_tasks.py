@@ -1,12 +1,13 @@
 """Tasks of memory: what is asked was shown, only once, and nothing but memory tells it."""
 
 import dataclasses
+import itertools
 
 import numpy as np
 import pytest
 
 from calm.errors import UsageError
-from calm.experiments.memory_tasks import PRESETS, AssociativeRecall, DelayedCopy, Induction, SelectiveCopy
+from calm.experiments.memory_tasks import PRESETS, AssociativeRecall, DelayedCopy, Induction, SelectiveCopy, most_frequent
 
 SMALL = (
     DelayedCopy(symbols=3, items=2, delay=2),
@@ -61,6 +62,24 @@ def test_chance_is_what_the_present_token_and_the_other_answers_leave(task):
             shares = np.bincount(answers, minlength=task.answers) / len(answers)
             assert len(shares) == task.answers
             np.testing.assert_allclose(shares, task.chance, atol=6 * (task.chance / len(answers)) ** 0.5)
+
+
+@EACH
+def test_who_kept_what_was_shown_but_not_where_has_the_unordered_level(task):
+    tokens, targets, counted = task.draw(20_000, seed=5)
+    before = np.where(tokens[:, : task.length - 1] < task.answers, tokens[:, : task.length - 1], task.answers)
+    counts = np.stack([(before == symbol).sum(-1) for symbol in range(task.answers)], -1)
+    assert (counts.sum(-1) == task.shown).all()
+    right = (targets == counts.argmax(-1)[:, None])[counted].reshape(len(tokens), -1).mean(-1)
+    assert abs(right.mean() - task.unordered) < 4 * right.std() / len(right) ** 0.5
+    assert task.chance < task.unordered < 1
+
+
+@pytest.mark.parametrize(("draws", "symbols"), [(1, 5), (3, 2), (4, 3), (5, 3)])
+def test_the_most_frequent_symbol_by_counting(draws, symbols):
+    every = itertools.product(range(symbols), repeat=draws)
+    expected = np.mean([np.bincount(row).max() for row in every])
+    np.testing.assert_allclose(most_frequent(draws, symbols), expected, rtol=1e-12)
 
 
 def test_items_and_queries_stand_everywhere():

@@ -166,6 +166,7 @@ def train(run: MemoryRun) -> dict[str, Any]:
         "seed": run.seed,
         "accuracy": float(accuracy),
         "chance": task.chance,
+        "unordered": task.unordered,
         "nats_per_answer": float(nats),
         "steps": done,
         "curve": curve,
@@ -207,19 +208,22 @@ class MemoryStudy:
 
 
 def summary_table(results: Sequence[dict[str, Any]]) -> str:
-    """The share of answers that is right, backbones by tasks, mean ± 95 % interval over seeds; below, chance."""
+    """The share of answers that is right, backbones by tasks, mean ± 95 % interval over seeds; below, what needs no memory,
+    and what a memory of the symbols without their places gives."""
     tasks, backbones = (list(dict.fromkeys(result[name] for result in results)) for name in ("task", "backbone"))
     of: dict[tuple[str, str], list[float]] = {}
     for result in results:
         of.setdefault((result["backbone"], result["task"]), []).append(result["accuracy"])
-    chance = {result["task"]: result["chance"] for result in results}
+    task_of = {task: PRESETS[task] for task in tasks}
 
     def cell(backbone: str, task: str) -> str:
         values = of.get((backbone, task))
         return over_seeds(values) if values else "-"
 
     rows = [[backbone, *[cell(backbone, task) for task in tasks]] for backbone in backbones]
-    return table(["answers right", *tasks], [*rows, ["chance", *[f"{chance[task]:.3f}" for task in tasks]]], markdown=True)
+    rows.append(["symbols, not places", *[f"{task_of[task].unordered:.3f}" for task in tasks]])
+    rows.append(["chance", *[f"{task_of[task].chance:.3f}" for task in tasks]])
+    return table(["answers right", *tasks], rows, markdown=True)
 
 
 def _varied(run: MemoryRun, request: Request) -> Iterator[tuple[str, MemoryRun]]:

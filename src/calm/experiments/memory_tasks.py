@@ -4,9 +4,9 @@ A batch is tokens `[B T]`, targets `[B T]` and the positions that count: there t
 and with that position. Everywhere else nothing is asked. The first tokens of every vocabulary are the symbols that are to be
 remembered; blank and signs come after them.
 
-`chance` is exact: each answer is uniform over so many symbols, whatever the token at its position, and the answers of a row but
-one do not tell that one. A model that mixes no positions cannot be above it, except where the tokens that were seen to occur
-narrow the choice, which takes mixing too.
+Two levels are exact. `chance`: each answer is uniform over so many symbols, whatever the token at its position, and the other
+answers of a row do not tell it, so a model that mixes no positions cannot be above. `unordered`: what a model can have that
+kept which symbols were shown and how often, and neither where nor with what.
 
 Sources: the copying task of Hochreiter and Schmidhuber (1997) as in Arjovsky et al. 2016, arXiv:1511.06464; selective copying
 and induction as in Gu and Dao 2023, arXiv:2312.00752 (the latter after Olsson et al. 2022, arXiv:2209.11895); multi-query
@@ -16,6 +16,7 @@ random tokens, where ours stand anywhere behind the pairs among blanks.
 
 import abc
 import dataclasses
+import math
 from typing import ClassVar, NamedTuple
 
 import numpy as np
@@ -59,6 +60,11 @@ class MemoryTask(abc.ABC):
 
     @property
     @abc.abstractmethod
+    def shown(self) -> int:
+        """The random symbols of a row that may be the answer, any of them as likely as another."""
+
+    @property
+    @abc.abstractmethod
     def vocab_size(self) -> int:
         """Symbols, blank and signs."""
 
@@ -75,6 +81,11 @@ class MemoryTask(abc.ABC):
     def chance(self) -> float:
         """The best accuracy without memory."""
         return 1 / self.answers
+
+    @property
+    def unordered(self) -> float:
+        """The best accuracy with a memory of which symbols were shown how often: always the most frequent one."""
+        return most_frequent(self.shown, self.answers) / self.shown
 
     def draw(self, batch: int, *, seed: int | tuple[int, ...]) -> Batch:
         """`batch` rows, the same for the same seed."""
@@ -99,6 +110,10 @@ class DelayedCopy(MemoryTask):
     @property
     def answers(self) -> int:
         return self.symbols
+
+    @property
+    def shown(self) -> int:
+        return self.items
 
     @property
     def vocab_size(self) -> int:
@@ -137,6 +152,10 @@ class SelectiveCopy(MemoryTask):
         return self.symbols
 
     @property
+    def shown(self) -> int:
+        return self.items
+
+    @property
     def vocab_size(self) -> int:
         return self.symbols + 2
 
@@ -168,6 +187,10 @@ class Induction(MemoryTask):
     @property
     def answers(self) -> int:
         return self.symbols
+
+    @property
+    def shown(self) -> int:
+        return self.spread - 1
 
     @property
     def vocab_size(self) -> int:
@@ -214,6 +237,10 @@ class AssociativeRecall(MemoryTask):
         return self.values
 
     @property
+    def shown(self) -> int:
+        return self.pairs
+
+    @property
     def vocab_size(self) -> int:
         return self.values + self.keys + 1
 
@@ -231,6 +258,25 @@ class AssociativeRecall(MemoryTask):
         for table, entries in ((tokens, keys), (targets, values), (counted, True)):
             np.put_along_axis(table, places, entries, axis=-1)
         return Batch(tokens, targets, counted)
+
+
+def most_frequent(draws: int, symbols: int) -> float:
+    """How often the most frequent of `symbols` comes on average, in so many uniform draws.
+
+    The counts are those of independent Poisson variables of mean draws / symbols, given their sum; so the law of their maximum
+    comes of powers of a truncated Poisson law, without large numbers.
+    """
+    mean = draws / symbols
+    law = np.array([math.exp(count * math.log(mean) - mean - math.lgamma(count + 1)) for count in range(draws + 1)])
+    of_sum = math.exp(draws * math.log(draws) - draws - math.lgamma(draws + 1))
+    expected = 0.0
+    for most in range(draws):  # E max = sum over m of P(max > m)
+        power, square, left = np.eye(1, draws + 1)[0], np.where(np.arange(draws + 1) <= most, law, 0.0), symbols
+        while left:
+            power = np.convolve(power, square)[: draws + 1] if left % 2 else power
+            square, left = np.convolve(square, square)[: draws + 1], left // 2
+        expected += 1 - power[draws] / of_sum
+    return expected
 
 
 PRESETS: dict[str, MemoryTask] = {
