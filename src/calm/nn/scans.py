@@ -71,17 +71,62 @@ def selective_scan(
     is a sum of log decays, so none is above zero and nothing overflows. `plain_selective_scan` is the same by the book.
     """
     batch, length, heads, width = x.shape
-    x, log_decay, b, c = (in_chunks(z, min(chunk, length)) for z in (x, log_decay, b, c))
-    total = _running_sum(log_decay)  # [B n Q H]: the log decay from the beginning of the chunk to behind position i
-    earlier = jnp.tril(jnp.ones((x.shape[2],) * 2, bool))
-    by_head = total.swapaxes(2, 3)
-    between = jnp.exp(jnp.where(earlier, by_head[..., :, None] - by_head[..., None, :], -jnp.inf))  # [B n H Q Q]
-    y = _dot("bnhij,bnjhc->bnihc", between * _dot("bnix,bnjx->bnij", c, b)[:, :, None], x)
+    if initial is None:
+        initial = jnp.zeros((batch, b.shape[-1], heads, width), jnp.float32)
+    y, last = _scan_chunks(*(in_chunks(z, min(chunk, length)) for z in (x, log_decay, b, c)), initial)
+    return y.reshape(batch, -1, heads, width)[:, :length], last
 
+
+@jax.custom_vjp
+def _scan_chunks(x: Array, log_decay: Array, b: Array, c: Array, initial: Array) -> tuple[Array, Array]:
+    return _scan_forward(x, log_decay, b, c, initial)[0]
+
+
+def _scan_forward(
+    x: Float[Array, "B n Q H C"],
+    log_decay: Float[Array, "B n Q H"],
+    b: Float[Array, "B n Q X"],
+    c: Float[Array, "B n Q X"],
+    initial: Float[Array, "B X H C"],
+) -> tuple[tuple[Array, Array], tuple[Array, ...]]:
+    total = _running_sum(log_decay)  # [B n Q H]: the log decay from the beginning of the chunk to behind position i
+    inside = _decay_between(total) * _dot("bnix,bnjx->bnij", c, b)[:, :, None]
+    y = _by_head(_dot("bnhij,bnhjc->bnhic", inside, _by_head(x)))
     states = _chunk_states(x, total, b, initial)
-    flat = states[:, :-1].reshape(*states[:, :-1].shape[:3], heads * width)
-    y += jnp.exp(total)[..., None] * _dot("bnix,bnxe->bnie", c, flat).reshape(y.shape)
-    return y.reshape(batch, -1, heads, width)[:, :length], states[:, -1]
+    y += jnp.exp(total)[..., None] * _dot("bnix,bnxe->bnie", c, _flat(states[:, :-1])).reshape(y.shape)
+    return (y, states[:, -1]), (x, total, b, c, states, y)
+
+
+def _scan_backward(residuals: tuple[Array, ...], gradients: tuple[Array, Array]) -> tuple[Array, ...]:
+    """The same scan from the end, with queries and keys exchanged.
+
+    The gradient of the log decays needs no product of its own. y_i holds exp(s_i - s_j) x_j, s being their running sum: so s_i
+    gets dy_i . y_i - dx_i . x_i, and log_decay_t the sum of these from t on (Yang et al. 2023, arXiv:2312.06635). We sum to the end
+    of the chunk only: all that follows it amounts to the product of the state there with its gradient.
+    """
+    (x, total, b, c, states, y), (dy, dlast) = residuals, gradients
+    between, since = _decay_between(total), jnp.exp(total)[..., None]
+    kept = jnp.exp(total[:, :, -1:] - total)[..., None]
+    read = _flat(dy * since)
+    direct = _dot("bnix,bnie->bnxe", c, read).reshape(states[:, 1:].shape)  # what the outputs of a chunk ask of the state before it
+    decay = _chunk_decay(total)[::-1]
+    carried = linear_scan(decay, direct.swapaxes(0, 1)[::-1], dlast)[::-1]  # gradients of the states before every chunk
+    dstates = jnp.concatenate([carried[1:], dlast[None]]).swapaxes(0, 1)  # and of those behind it
+
+    dy_by_head = _by_head(dy)
+    inside = between.swapaxes(3, 4) * _dot("bnjx,bnix->bnji", b, c)[:, :, None]
+    dx = _by_head(_dot("bnhji,bnhic->bnhjc", inside, dy_by_head))
+    dx += kept * _dot("bnjx,bnxe->bnje", b, _flat(dstates)).reshape(x.shape)
+    dproducts = (_dot("bnhic,bnhjc->bnhij", dy_by_head, _by_head(x)) * between).sum(2)
+    db = _dot("bnij,bnix->bnjx", dproducts, c) + _dot("bnje,bnxe->bnjx", _flat(x * kept), _flat(dstates))
+    dc = _dot("bnij,bnjx->bnix", dproducts, b) + _dot("bnie,bnxe->bnix", read, _flat(states[:, :-1]))
+    dtotal = (dy * y - dx * x).sum(-1)
+    dlog_decay = _dot("ij,bnih->bnjh", jnp.tril(jnp.ones((x.shape[2],) * 2)), dtotal)
+    dlog_decay += (dstates * states[:, 1:]).sum((2, 4))[:, :, None]
+    return dx, dlog_decay, db, dc, carried[0]
+
+
+_scan_chunks.defvjp(_scan_forward, _scan_backward)
 
 
 def plain_selective_scan(
@@ -112,13 +157,14 @@ def states_after(
     x, log_decay, b = (in_chunks(z, size) for z in (x, log_decay, b))
     total = _running_sum(log_decay)
     whole, rest = ends // size, ends % size
-    base = _chunk_states(x, total, b, None)[:, whole]
+    states = _chunk_states(x, total, b, jnp.zeros((x.shape[0], b.shape[-1], *x.shape[3:]), jnp.float32))
+    base = states[:, whole]
     last = jnp.minimum(whole, x.shape[1] - 1)
     x, total, b = x[:, last], total[:, last], b[:, last]  # [B A Q ...]: the chunk in which each end lies
     upto = jnp.where(rest[:, None] > 0, jnp.take_along_axis(total, (jnp.maximum(rest, 1) - 1)[None, :, None, None], 2)[:, :, 0], 0.0)
     inside = (jnp.arange(size) < rest[:, None])[..., None]
     weights = jnp.exp(jnp.where(inside, upto[:, :, None] - total, -jnp.inf))
-    read = _dot("baqx,baqe->baxe", b, (x * weights[..., None]).reshape(*x.shape[:3], -1))
+    read = _dot("baqx,baqe->baxe", b, _flat(x * weights[..., None]))
     return jnp.exp(upto)[:, :, None, :, None] * base + read.reshape(base.shape)
 
 
@@ -134,14 +180,32 @@ def _running_sum(z: Float[Array, "B n Q H"]) -> Float[Array, "B n Q H"]:
     return _dot("ij,bnjh->bnih", jnp.tril(jnp.ones((z.shape[2],) * 2)), z)
 
 
+def _flat(z: Float[Array, "B n Y H C"]) -> Float[Array, "B n Y I"]:
+    """Heads beside each other: where all of them take part, one wide product and no transpose."""
+    return z.reshape(*z.shape[:3], -1)
+
+
+def _by_head(z: Float[Array, "B n Y W C"]) -> Float[Array, "B n W Y C"]:
+    """Heads before positions, or back: the order of axes in which a product of each head is walked along memory."""
+    return z.swapaxes(2, 3)
+
+
+def _decay_between(total: Float[Array, "B n Q H"]) -> Float[Array, "B n H Q Q"]:
+    """[i, j]: what is left at position i of what position j wrote; nothing where j is later."""
+    earlier = jnp.tril(jnp.ones((total.shape[2],) * 2, bool))
+    total = total.swapaxes(2, 3)
+    return jnp.exp(jnp.where(earlier, total[..., :, None] - total[..., None, :], -jnp.inf))
+
+
+def _chunk_decay(total: Float[Array, "B n Q H"]) -> Float[Array, "n B 1 H 1"]:
+    return jnp.exp(total[:, :, -1]).swapaxes(0, 1)[:, :, None, :, None]
+
+
 def _chunk_states(
-    x: Float[Array, "B n Q H C"], total: Float[Array, "B n Q H"], b: Float[Array, "B n Q X"], initial: Float[Array, "B X H C"] | None
+    x: Float[Array, "B n Q H C"], total: Float[Array, "B n Q H"], b: Float[Array, "B n Q X"], initial: Float[Array, "B X H C"]
 ) -> Float[Array, "B m X H C"]:
     """The state before every chunk and the one behind the last, m = n + 1."""
-    batch, chunks, _, heads, width = x.shape
     kept = jnp.exp(total[:, :, -1:] - total)[..., None]  # what is left at the end of the chunk of what a position wrote
-    written = _dot("bnjx,bnje->bnxe", b, (x * kept).reshape(*x.shape[:3], -1)).reshape(batch, chunks, -1, heads, width)
-    initial = jnp.zeros_like(written[:, 0]) if initial is None else initial
-    decay = jnp.exp(total[:, :, -1]).swapaxes(0, 1)[:, :, None, :, None]
-    behind = linear_scan(decay, written.swapaxes(0, 1), initial)
+    written = _dot("bnjx,bnje->nbxe", b, _flat(x * kept))
+    behind = linear_scan(_chunk_decay(total), written.reshape(*written.shape[:3], *x.shape[3:]), initial)
     return jnp.concatenate([initial[None], behind]).swapaxes(0, 1)
