@@ -62,9 +62,9 @@ def times(rows: int, candidates: int) -> list[dict[str, Any]]:
     from calm.models import LatentLMConfig, NextVector
     from calm.nn import BackboneConfig
     from calm.sampling import BatchTemperature, BestOfN, ExactTemperature, Filters
-    from calm.sampling.repetition import NOTHING
     from calm.sampling.sampler import StepKeys
     from calm.sampling.steps import ModelSource
+    from calm.text.chunking import NOTHING
     from calm.train.machine import choose_precision
 
     precision = choose_precision("auto")
@@ -80,7 +80,7 @@ def times(rows: int, candidates: int) -> list[dict[str, Any]]:
     def source(params: Any) -> ModelSource:
         model = nnx.merge(graph, params)
         table = ScoringTable.of(model.table, precision)
-        previous, alive = jnp.zeros((rows, 4), jnp.int32), jnp.ones((rows,), bool)
+        previous, alive = jnp.zeros((rows, 0), jnp.int32), jnp.ones((rows,), bool)
         return ModelSource(model, table, "argmax", hidden, previous, history, alive)
 
     class Drawn:

@@ -13,13 +13,14 @@ from calm.autoencoder.decoder import ScoringTable
 from calm.errors import UsageError
 from calm.heads import EnergyHeadConfig
 from calm.models import LatentLMConfig, NextVector, sample_chunks
-from calm.models.context_decoder import ContextDecoder, ContextDecoderConfig
+from calm.models.context_decoder import ContextDecoder, ContextDecoderConfig, recent_tokens
 from calm.nn import BackboneConfig
+from calm.text.chunking import NOTHING
 from jaxpr_flops import matmul_flops
 from random_models import random_model
 
-V, K, D, Z = 5, 3, 8, 4
-CONFIG = ContextDecoderConfig(dim=12, inner_dim=16, num_layers=2, table_dim=6)
+V, K, D, Z, W = 5, 3, 8, 4, 5
+CONFIG = ContextDecoderConfig(dim=12, inner_dim=16, num_layers=2, table_dim=6, window=W)
 
 
 def build(config: ContextDecoderConfig = CONFIG, vocab_size: int = V, seed: int = 0) -> ContextDecoder:
@@ -31,7 +32,7 @@ def chunk_probabilities(writer: ContextDecoder, hidden, latent, previous) -> np.
     every = jnp.stack(jnp.meshgrid(*[jnp.arange(V)] * K, indexing="ij"), -1).reshape(-1, K)
     rows = len(every)
     plan = writer.plan(jnp.broadcast_to(hidden, (rows, D)), jnp.broadcast_to(latent, (1, rows, Z)))
-    states = writer.teacher_forced(plan, jnp.broadcast_to(previous, (rows, K)), every)[0]
+    states = writer.teacher_forced(plan, jnp.broadcast_to(previous, (rows, W)), every)[0]
     log_probability = jax.nn.log_softmax(states @ writer.table.T)
     return np.exp(np.take_along_axis(np.asarray(log_probability), np.asarray(every)[..., None], -1).sum((1, 2)))
 
@@ -39,7 +40,7 @@ def chunk_probabilities(writer: ContextDecoder, hidden, latent, previous) -> np.
 def test_written_chunks_have_the_probabilities_of_teacher_forcing():
     writer, random = build(), np.random.default_rng(0)
     hidden, latent = (jnp.asarray(random.normal(size=size), jnp.float32) for size in (D, Z))
-    previous = jnp.asarray([1, 4, 0])
+    previous = jnp.asarray([NOTHING, 3, 1, 4, 0])
     law = chunk_probabilities(writer, hidden, latent, previous)
     assert law.sum() == pytest.approx(1, abs=1e-5)
     draws = 40_000
@@ -55,7 +56,7 @@ def test_written_chunks_have_the_probabilities_of_teacher_forcing():
 def test_a_token_changes_the_places_after_it_and_no_other():
     writer = build()
     plan = jnp.ones((1, 2, 12))
-    previous, chunks = jnp.asarray([[0, 1, 2], [3, 4, 0]]), jnp.asarray([[1, 2, 3], [1, 2, 3]])
+    previous, chunks = jnp.asarray([[4, 3, 0, 1, 2], [1, 2, 3, 4, 0]]), jnp.asarray([[1, 2, 3], [1, 2, 3]])
     before = writer.teacher_forced(plan, previous, chunks)
     for place in range(K):
         after = writer.teacher_forced(plan, previous, chunks.at[:, place].set(4))
@@ -66,12 +67,12 @@ def test_a_token_changes_the_places_after_it_and_no_other():
 def test_banned_tokens_are_not_written_and_greedy_writing_is_the_most_probable_path():
     writer = build()
     plan = jnp.asarray(np.random.default_rng(2).normal(size=(64, 1, 12)), jnp.float32)
-    previous = jnp.asarray([[0, 1, 2]])
+    previous = jnp.asarray([[4, 3, 0, 1, 2]])
     table = ScoringTable.of(writer.table, "float32", jnp.asarray([0, 3]))
     uniforms = jax.random.uniform(jax.random.key(0), (64, 1, K, 2))
     assert set(np.unique(writer.write(plan, previous, uniforms, table))) == {0, 3}
     greedy = writer.write(plan, previous, None)
-    states = writer.teacher_forced(plan, jnp.broadcast_to(previous, (64, 1, K))[0], greedy[0])  # of the first sample
+    states = writer.teacher_forced(plan, jnp.broadcast_to(previous, (1, W)), greedy[0])  # of the first sample
     np.testing.assert_array_equal((states[0] @ writer.table.T).argmax(-1), greedy[0])
 
 
@@ -90,9 +91,9 @@ def test_the_predictor_writes_by_the_context_decoder(use_latent):
     lm = config.build(rngs=nnx.Rngs(0))
     lm.head.out.kernel[...] = jax.random.normal(jax.random.key(8), lm.head.out.kernel.shape)  # a new head is silent
     model = NextVector(random_model(codec), lm)
-    assert model.table.shape == (40, 6)
+    assert model.table.shape == (40, 6) and model.reach == W
     hidden = jax.random.normal(jax.random.key(1), (7, D))
-    one, other = jnp.zeros((7, K), jnp.int32), jnp.full((7, K), 3)
+    one, other = jnp.zeros((7, W), jnp.int32), jnp.full((7, W), 3)
     first, second = (sample_chunks(model, jax.random.key(2), hidden, chunk, 5, decoding="drawn") for chunk in (one, other))
     assert first.shape == (5, 7, K) and (first != second).any()
     noise = model.draw_noise(jax.random.key(3), (5, 7), "drawn")
@@ -114,7 +115,8 @@ def test_flops_are_those_of_the_products_in_the_program(use_latent, use_hidden):
         return writer.teacher_forced(writer.plan(hidden, latents), previous, chunks) @ writer.table.T
 
     chunks = jnp.zeros((7, K), jnp.int32)
-    counted = matmul_flops(forward, params, jnp.zeros((7, D)), jnp.zeros((samples, 7, Z)), chunks, chunks)
+    previous = jnp.zeros((7, W), jnp.int32)
+    counted = matmul_flops(forward, params, jnp.zeros((7, D)), jnp.zeros((samples, 7, Z)), previous, chunks)
     assert counted == 7 * config.flops(D, Z, K, V, samples)
 
 
@@ -127,6 +129,16 @@ def test_without_the_hidden_state_only_the_latent_tells_it_of_the_past():
         ContextDecoderConfig(use_hidden=False, use_latent=False)
 
 
+@pytest.mark.parametrize("reach", [0, 1, 2, 5, 9])
+def test_recent_tokens_end_with_their_chunk(reach):
+    chunks = np.arange(24).reshape(2, 4, 3)
+    found = np.asarray(recent_tokens(jnp.asarray(chunks), reach))
+    assert found.shape == (2, 4, reach)
+    for row, place in np.ndindex(2, 4):
+        before = [NOTHING] * reach + list(chunks[row, : place + 1].reshape(-1))
+        assert list(found[row, place]) == before[len(before) - reach :]
+
+
 def test_sizes_below_one_are_refused():
-    with pytest.raises(UsageError, match="table_dim must be at least 1"):
+    with pytest.raises(UsageError, match="table_dim and window must be at least 1"):
         ContextDecoderConfig(table_dim=0)

@@ -95,7 +95,7 @@ def test_draws_have_the_law_of_the_logits_and_never_name_a_banned_token(model):
     logits = model.logits(hidden, table)[0]
     assert np.isneginf(logits[jnp.asarray([3, 41])]).all() and np.isfinite(logits[allowed]).all()
     for expected, scoring in ((jax.nn.softmax(logits), table), (jax.nn.softmax(model.logits(hidden)[0]), None)):
-        previous = jnp.zeros((1, 1), jnp.int32)
+        previous = jnp.zeros((1, 0), jnp.int32)
         drawn = sample_chunks(model, jax.random.key(1), hidden, previous, 20_000, table=scoring)
         counts = np.bincount(np.asarray(drawn).reshape(-1), minlength=70)
         expected = 20_000 * np.asarray(expected, np.float64)

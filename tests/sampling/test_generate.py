@@ -10,6 +10,7 @@ from calm.autoencoder import Autoencoder, AutoencoderConfig
 from calm.errors import UsageError
 from calm.heads.energy import EnergyHeadConfig
 from calm.models import LatentLM, LatentLMConfig, NextVector
+from calm.models.context_decoder import ContextDecoderConfig, recent_tokens
 from calm.nn.backbone import BackboneConfig
 from calm.nn.unrolled import Unrolled, unrolled, unstack
 from calm.rng import row_keys
@@ -38,11 +39,12 @@ def with_numbers(config, precision):
     return nnx.merge(graphdef, jax.tree_util.tree_map_with_path(numbers, params))
 
 
-def build(precision="float32") -> tuple[Autoencoder, LatentLM]:
+def build(precision="float32", context_decoder=None) -> tuple[Autoencoder, LatentLM]:
     codec = AutoencoderConfig(vocab_size=V, chunk_size=K, latent_dim=4, dim=8, inner_dim=16)
     backbone = BackboneConfig(dim=16, num_layers=2, num_heads=4, num_kv_heads=2, inner_dim=24)
     head = EnergyHeadConfig(num_blocks=2, noise_dim=4)
-    config = LatentLMConfig(vocab_size=V, chunk_size=K, latent_dim=4, backbone=backbone, head=head)
+    sizes = dict(vocab_size=V, chunk_size=K, latent_dim=4)
+    config = LatentLMConfig(**sizes, backbone=backbone, head=head, context_decoder=context_decoder)
     return with_numbers(codec, precision), with_numbers(config, precision)
 
 
@@ -114,6 +116,24 @@ def test_the_other_rows_of_a_batch_do_not_matter(models, decoding):
     backwards = run(models, PROMPTS[::-1], keys(4)[::-1], **options)
     np.testing.assert_array_equal(backwards.tokens, forwards.tokens[::-1])
     assert forwards.decoding == decoding
+
+
+@pytest.mark.parametrize("window", [2, 7])
+def test_a_decoder_inside_the_chunk_writes_as_if_it_had_the_whole_text(window):
+    """The most probable path, against the states of the whole text read at once; neither padding nor the batch matters."""
+    size = dict(dim=16, inner_dim=24, num_layers=1, table_dim=8)
+    models = build(context_decoder=ContextDecoderConfig(**size, window=window, use_latent=False))
+    predictor, lm = NextVector(*models), models[1]
+    result = run(models, PROMPTS, keys(4), decoding="argmax")
+    for row, prompt in enumerate(PROMPTS):
+        text = np.concatenate([chunk_prompt(np.asarray(prompt, np.int32), K, SPECIAL.begin_id).reshape(-1), result.tokens[row]])
+        chunks = jnp.asarray(text.reshape(-1, K))
+        plan = lm.context_decoder.plan(whole(lm, chunks[None, :-1])[0], None)
+        states = lm.context_decoder.teacher_forced(plan, recent_tokens(chunks[:-1], predictor.reach), chunks[1:])[0]
+        logits = (states @ predictor.table.T).at[..., [SPECIAL.begin_id, SPECIAL.mask_id]].set(-jnp.inf)
+        steps = result.tokens.shape[1] // K
+        np.testing.assert_array_equal(result.tokens[row].reshape(-1, K), logits[-steps:].argmax(-1))
+    assert len({tuple(row) for row in result.tokens.tolist()}) > 1
 
 
 def test_a_longer_neighbour_does_not_matter(models):

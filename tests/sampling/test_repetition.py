@@ -9,7 +9,8 @@ from known_law import P, chi_square, sample
 
 from calm.sampling import BatchTemperature, BestOfN, ExactTemperature
 from calm.sampling.laws import expected_draws, target
-from calm.sampling.repetition import NOTHING, repeats
+from calm.sampling.repetition import repeats
+from calm.text.chunking import NOTHING
 
 
 def by_lists(history, chunk, length) -> bool:

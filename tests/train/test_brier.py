@@ -11,6 +11,7 @@ from calm.autoencoder.autoencoder import AutoencoderConfig
 from calm.errors import UsageError
 from calm.heads.energy import EnergyHeadConfig
 from calm.metrics.brier_lm import brier_argmax
+from calm.models.context_decoder import ContextDecoderConfig, recent_tokens
 from calm.models.latent_lm import LatentLMConfig
 from calm.models.ngram import fit_ngrams
 from calm.models.predictor import NextVector
@@ -133,8 +134,22 @@ def test_inner_products_and_drawn_tokens_have_one_mean_on_a_real_model(chunk_siz
     products = repeated(predictor, block, 600, **options).scores.total
     tokens = by_hand(predictor, block, place=place, draws=600)
     assert (products.std(0) < 1.1 * tokens.std(0)).all()  # an expectation has less variance; 1.1: it is estimated
-    error = np.sqrt(products.var(0) + tokens.var(0)) / np.sqrt(600)
-    assert (abs(products.mean(0) - tokens.mean(0)) < 3.5 * error).all(), (products.mean(0), tokens.mean(0), error)
+    agree(products, tokens)
+
+
+@pytest.mark.parametrize("window", [1, 4])
+def test_branches_go_on_with_their_own_tokens_before_them(window):
+    """A decoder inside the chunk whose window is narrower or wider than a chunk."""
+    block = np.random.default_rng(0).integers(0, 6, 10)
+    predictor = next_vector(2, ContextDecoderConfig(dim=16, inner_dim=16, num_layers=1, table_dim=8, window=window))
+    options = dict(num_samples=4, decoding="drawn", with_energy=False, begin_id=0, boundary_every=5)
+    agree(repeated(predictor, block, 600, **options).scores.total, by_hand(predictor, block, place=5, draws=600))
+
+
+def agree(found, expected):
+    """Two estimates of one mean from 600 draws each."""
+    error = np.sqrt(found.var(0) + expected.var(0)) / np.sqrt(600)
+    assert (abs(found.mean(0) - expected.mean(0)) < 3.5 * error).all(), (found.mean(0), expected.mean(0), error)
 
 
 def test_a_real_token_model_by_its_probabilities_is_the_one_that_is_sampled():
@@ -147,11 +162,15 @@ def test_a_real_token_model_by_its_probabilities_is_the_one_that_is_sampled():
     assert (abs(known.mean(0) - sampled.mean(0)) < 3.5 * sampled.std(0) / np.sqrt(600)).all()
 
 
-def next_vector(chunk_size):
+def next_vector(chunk_size, context_decoder=None):
     sizes = dict(vocab_size=6, chunk_size=chunk_size, latent_dim=4)
     autoencoder = AutoencoderConfig(**sizes, dim=16, inner_dim=16, embedding_std=1.0).build(rngs=nnx.Rngs(0))
     backbone = BackboneConfig(dim=16, num_layers=1, num_heads=2, num_kv_heads=1, inner_dim=16)
-    lm = LatentLMConfig(**sizes, backbone=backbone, head=EnergyHeadConfig(num_blocks=1, noise_dim=4)).build(rngs=nnx.Rngs(1))
+    head = EnergyHeadConfig(num_blocks=1, noise_dim=4)
+    config = LatentLMConfig(**sizes, backbone=backbone, head=head, context_decoder=context_decoder)
+    lm = config.build(rngs=nnx.Rngs(1))
+    if context_decoder is not None:
+        lm.context_decoder.embedding[...] *= 4.0  # a law that is far from uniform
     lm.head.out.kernel[...] = jax.random.normal(jax.random.key(2), lm.head.out.kernel[...].shape)
     return NextVector(autoencoder, lm)
 
@@ -166,7 +185,8 @@ def by_hand(predictor, block, place, draws, num_samples=4):
         while texts.shape[1] * size < place + fill + 4:
             hidden, _ = predictor.hidden(texts)
             noise = predictor.draw_noise(stream(key, "by hand", texts.shape[1]), (1, len(texts)), "drawn")
-            chunk = predictor.write(hidden[:, -1], texts[:, -1], noise, decoding="drawn")[0]
+            previous = recent_tokens(texts, predictor.reach)[:, -1]
+            chunk = predictor.write(hidden[:, -1], previous, noise, decoding="drawn")[0]
             texts = jnp.concatenate([texts, chunk[:, None]], axis=1)
         return texts.reshape(draws, num_samples, -1)[..., place + fill : place + fill + 4]
 

@@ -10,7 +10,7 @@ from calm.autoencoder.autoencoder import AutoencoderConfig
 from calm.errors import UsageError
 from calm.metrics.brier_lm import TextProtocol
 from calm.metrics.nll_bound import SHARES
-from calm.models.context_decoder import ContextDecoderConfig
+from calm.models.context_decoder import ContextDecoderConfig, recent_tokens
 from calm.models.latent_lm import LatentLMConfig
 from calm.models.ngram import Unigram
 from calm.models.predictor import NextVector, Noise
@@ -79,8 +79,10 @@ class Coder(nnx.Module):
 class Planted(nnx.Module):
     """A predictor whose hidden state is looked up by the first token of a chunk, around a head and a random autoencoder."""
 
-    precision, decoding, num_layers, vocab_size, chunk_size = "float32", "argmax", 0, V, K
-    init_state, write, token_log_probs = NextVector.init_state, NextVector.write, NextVector.token_log_probs
+    precision, decoding, num_layers, vocab_size, chunk_size, reach = "float32", "argmax", 0, V, K, 0
+    init_state, fork = NextVector.init_state, NextVector.fork
+    write, write_latents = NextVector.write, NextVector.write_latents
+    token_log_probs = NextVector.token_log_probs
 
     def __init__(self, head):
         self.autoencoder = Coder()
@@ -203,7 +205,8 @@ def test_a_decoder_inside_the_chunk_that_reads_no_latent_has_an_exact_likelihood
     report = evaluate_likelihood(NextVector(codec, lm), BLOCKS, DOCUMENT, KEY, **arguments)
     chunks = jnp.asarray(BLOCKS, jnp.int32).reshape(len(BLOCKS), -1, K)
     hidden, _ = lm.hidden(chunks[:, :-1])
-    states = lm.context_decoder.teacher_forced(lm.context_decoder.plan(hidden, None), chunks[:, :-1], chunks[:, 1:])[0]
+    previous = recent_tokens(chunks[:, :-1], writer.window)
+    states = lm.context_decoder.teacher_forced(lm.context_decoder.plan(hidden, None), previous, chunks[:, 1:])[0]
     probabilities = jax.nn.softmax(states @ lm.context_decoder.table.T)
     mixed = (1 - report.share) * probabilities + report.share * jnp.asarray(UNIGRAM.probability, jnp.float32)
     nats = -jnp.log(jnp.take_along_axis(mixed, chunks[:, 1:, :, None], -1)).sum((1, 2, 3))

@@ -22,6 +22,7 @@ class WorldPredictor(nnx.Module):
     def __init__(self, world: MachineWorld, chunk_size: int, collapsed: bool = False):
         self.chunk_size, self.collapsed = chunk_size, collapsed
         self.precision, self.decoding, self.vocab_size, self.num_layers = "float32", "drawn", world.vocab_size, 1
+        self.reach = 0
         self.begin_id = world.begin_id
         self.law = nnx.Variable(jnp.asarray(world.table_of_states, jnp.float32))
         self.following = nnx.Variable(jax.nn.one_hot(jnp.asarray(world.following), world.num_states))

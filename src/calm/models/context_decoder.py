@@ -2,10 +2,10 @@
 
 The tokens of a chunk share several nats that a latent cannot carry at small scale: the energy score gives little gradient for
 them, and log-mean likelihood over S samples can gain at most log S (docs/log.md). A small network that sees the hidden state,
-the sampled latent and the K tokens before each place carries that dependence at a fraction of a backbone's cost per token, and
+the sampled latent and the W tokens before each place carries that dependence at a fraction of a backbone's cost per token, and
 has an exact likelihood given its latent. Without a context decoder the frozen autoencoder reads the latent: pure CALM
 (arXiv:2510.27688). Related: MegaByte (Yu et al. 2023, arXiv:2305.07185) puts a local transformer inside groups of bytes; here
-the local model is a multilayer perceptron over a window of K tokens, and a latent may join it.
+the local model is a multilayer perceptron over a window of tokens that does not end with the chunk, and a latent may join it.
 """
 
 import dataclasses
@@ -20,6 +20,16 @@ from calm.errors import UsageError
 from calm.nn.dense import Dense, Precision, dense_flops
 from calm.nn.mlp import ResidualSwiGLU, SwiGLU
 from calm.nn.stack import Stack
+from calm.text.chunking import NOTHING
+
+
+def recent_tokens(chunks: Int[Array, "*b N K"], reach: int) -> Int[Array, "*b N w"]:
+    """The last `reach` tokens up to the end of each chunk; `NOTHING` before the first."""
+    *lead, length, size = chunks.shape
+    tokens = chunks.reshape(*lead, length * size)
+    tokens = jnp.pad(tokens, [(0, 0)] * len(lead) + [(reach, 0)], constant_values=NOTHING)
+    ends = size * jnp.arange(1, length + 1)
+    return tokens[..., ends[:, None] + jnp.arange(reach)]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -31,6 +41,8 @@ class ContextDecoderConfig:
     num_layers: int = 2
     table_dim: int = 128
     """width W of its own token table, which embeds the tokens before a place and scores those that may follow"""
+    window: int = 4
+    """how many tokens before a place it reads, whatever K; the first of them belong to earlier chunks"""
     use_latent: bool = True
     """whether it reads the sampled latent; without, a chunk depends on the hidden state alone, and the head on no more than the
     loss"""
@@ -38,8 +50,8 @@ class ContextDecoderConfig:
     """whether it reads the hidden state; without, what it knows of the text before the last chunk comes through the latent"""
 
     def __post_init__(self) -> None:
-        if min(self.dim, self.inner_dim, self.num_layers, self.table_dim) < 1:
-            raise UsageError("context decoder: dim, inner_dim, num_layers and table_dim must be at least 1")
+        if min(self.dim, self.inner_dim, self.num_layers, self.table_dim, self.window) < 1:
+            raise UsageError("context decoder: dim, inner_dim, num_layers, table_dim and window must be at least 1")
         if not (self.use_latent or self.use_hidden):
             raise UsageError("context decoder: it must read the latent (use_latent), the hidden state (use_hidden) or both")
 
@@ -57,14 +69,14 @@ class ContextDecoderConfig:
 
     def flops(self, hidden_dim: int, latent_dim: int, chunk_size: int, vocab_size: int, num_samples: int) -> int:
         """Forward FLOPs of one chunk: the hidden state's share once, the rest for every sample of the latent."""
-        place = dense_flops(chunk_size * self.table_dim, self.dim) + self.num_layers * SwiGLU.flops(self.dim, self.inner_dim)
+        place = dense_flops(self.window * self.table_dim, self.dim) + self.num_layers * SwiGLU.flops(self.dim, self.inner_dim)
         place += dense_flops(self.dim, self.table_dim) + dense_flops(self.table_dim, vocab_size)
         once = dense_flops(hidden_dim, self.dim) if self.use_hidden else 0
         return once + num_samples * ((dense_flops(latent_dim, self.dim) if self.use_latent else 0) + chunk_size * place)
 
 
 class ContextDecoder(nnx.Module):
-    """p(token k | hidden, latent, the K tokens before it), k = 1..K, one network for all places."""
+    """p(token k | hidden, latent, the w tokens before it), k = 1..K, one network for all places."""
 
     def __init__(
         self,
@@ -84,9 +96,9 @@ class ContextDecoder(nnx.Module):
         shape = (vocab_size, config.table_dim)
         self.embedding = nnx.Param(config.table_dim**-0.5 * jax.random.normal(rngs.params(), shape, jnp.float32))
         self.from_hidden = dense(hidden_dim, config.dim, use_bias=True) if config.use_hidden else None
-        self.from_window = dense(chunk_size * config.table_dim, config.dim)
+        self.from_window = dense(config.window * config.table_dim, config.dim)
         # rows of the table have about unit length; the window's projection would start a fan-in too small beside the others
-        self.norm_window = nnx.RMSNorm(chunk_size * config.table_dim, epsilon=1e-6, rngs=rngs)
+        self.norm_window = nnx.RMSNorm(config.window * config.table_dim, epsilon=1e-6, rngs=rngs)
         self.from_latent = dense(latent_dim, config.dim) if config.use_latent else None
         self.from_place = nnx.Param(0.02 * jax.random.normal(rngs.params(), (chunk_size, config.dim), jnp.float32))
         self.layers = Stack(
@@ -112,21 +124,22 @@ class ContextDecoder(nnx.Module):
         return sum(parts[1:], start=parts[0])
 
     def states(
-        self, plan: Float[Array, "*b d"], window: Int[Array, "*b K"], place: Int[Array, "*b"] | Int[Array, ""]
+        self, plan: Float[Array, "*b d"], window: Int[Array, "*b w"], place: Int[Array, "*b"] | Int[Array, ""]
     ) -> Float[Array, "*b W"]:
-        """The state whose product with the table are the logits of the token at `place`, given the K tokens before it."""
-        embedded = self.table[window].reshape(*window.shape[:-1], -1)
+        """The state whose product with the table are the logits of the token at `place`, given the tokens before it."""
+        embedded = jnp.where(window[..., None] == NOTHING, 0.0, self.table[window]).reshape(*window.shape[:-1], -1)
         x = plan + self.from_window(self.norm_window(embedded)) + self.from_place[...][place]
         x, _ = self.layers.scan(lambda layer, x, _: (layer(x), None), x)
         return self.out(self.norm(x))
 
     def teacher_forced(
-        self, plan: Float[Array, "S *b d"], previous: Int[Array, "*b K"], chunks: Int[Array, "*b K"]
+        self, plan: Float[Array, "S *b d"], previous: Int[Array, "*b w"], chunks: Int[Array, "*b K"]
     ) -> Float[Array, "S *b K W"]:
-        """The states of all places of known chunks: place k sees the last K - k tokens of the chunk before and k of its own."""
+        """The states of all places of known chunks: place k sees k tokens of its own chunk, and before them those of
+        `previous`."""
         size = self.chunk_size
         tokens = jnp.concatenate([previous, chunks], axis=-1)
-        windows = jnp.stack([tokens[..., k : k + size] for k in range(size)], axis=-2)
+        windows = jnp.stack([tokens[..., k : k + self.config.window] for k in range(size)], axis=-2)
         windows = jnp.broadcast_to(windows, (len(plan), *windows.shape))
         plan = jnp.broadcast_to(plan[..., None, :], (*plan.shape[:-1], size, plan.shape[-1]))
         return self.states(plan, windows, jnp.broadcast_to(jnp.arange(size), windows.shape[:-1]))
@@ -134,18 +147,18 @@ class ContextDecoder(nnx.Module):
     def write(
         self,
         plan: Float[Array, "S *b d"],
-        previous: Int[Array, "*b K"],
+        previous: Int[Array, "*b w"],
         uniforms: Float[Array, "S *b K 2"] | None,
         table: ScoringTable | None = None,
     ) -> Int[Array, "S *b K"]:
         """K tokens one after the other, each drawn from its law; the most probable ones where no uniforms are given."""
         scoring = self.table if table is None else table
-        window = jnp.broadcast_to(previous, (*plan.shape[:-1], self.chunk_size))
+        tokens = jnp.broadcast_to(previous, (*plan.shape[:-1], self.config.window))
         for place in range(self.chunk_size):
-            states = self.states(plan, window, jnp.int32(place))
+            states = self.states(plan, tokens[..., place:], jnp.int32(place))
             if uniforms is None:
                 token = best_token(states, scoring, self.precision)
             else:
                 token = draw_token(uniforms[..., place, :], states, scoring, self.precision)
-            window = jnp.concatenate([window[..., 1:], token[..., None]], axis=-1)
-        return window
+            tokens = jnp.concatenate([tokens, token[..., None]], axis=-1)
+        return tokens[..., self.config.window :]

@@ -50,6 +50,11 @@ class Predictor(Protocol):
     def chunk_size(self) -> int: ...
 
     @property
+    def reach(self) -> int:
+        """How many of the tokens before a chunk `write` is given, besides the hidden state that has read them all."""
+        ...
+
+    @property
     def num_layers(self) -> int:
         """Layers that a state is stacked over, which generation takes apart: periods of the backbone's pattern."""
         ...
@@ -74,13 +79,14 @@ class Predictor(Protocol):
     def write(
         self,
         hidden: Float[Array, "*b D"],
-        previous: Int[Array, "*b K"],
+        previous: Int[Array, "*b w"],
         noise: Noise,
         *,
         decoding: str = "argmax",
         table: ScoringTable | None = None,
     ) -> Int[Array, "S *b K"]:
-        """One chunk for each noise. `previous` is the chunk that `hidden` read last; `table` leaves banned tokens out."""
+        """One chunk for each noise. `previous` holds the last `reach` tokens that `hidden` has read
+        (`calm.models.context_decoder.recent_tokens`); `table` leaves banned tokens out."""
         ...
 
 
@@ -116,6 +122,11 @@ class NextVector(nnx.Module):
         return self.lm.config.chunk_size
 
     @property
+    def reach(self) -> int:
+        writer = self.lm.context_decoder
+        return 0 if writer is None else writer.config.window
+
+    @property
     def num_layers(self) -> int:
         return self.lm.config.backbone.num_periods
 
@@ -147,7 +158,7 @@ class NextVector(nnx.Module):
     def write(
         self,
         hidden: Float[Array, "*b D"],
-        previous: Int[Array, "*b K"],
+        previous: Int[Array, "*b w"],
         noise: Noise,
         *,
         decoding: str = "argmax",
@@ -155,22 +166,36 @@ class NextVector(nnx.Module):
     ) -> Int[Array, "S *b K"]:
         """Noise to latents by the head, latents to chunks by the decoder: its argmax, or drawn from its softmax."""
         assert noise.latent is not None
+        latents = self.lm.head(hidden, noise.latent)
+        return self.write_latents(hidden, previous, latents, noise.uniforms, decoding=decoding, table=table)
+
+    def write_latents(
+        self,
+        hidden: Float[Array, "*b D"],
+        previous: Int[Array, "*b w"],
+        latents: Float[Array, "S *b Z"],
+        uniforms: Float[Array, "S *b K 2"] | None,
+        *,
+        decoding: str = "argmax",
+        table: ScoringTable | None = None,
+    ) -> Int[Array, "S *b K"]:
+        """The second half of `write`: one chunk for each latent."""
         writer = self.lm.context_decoder
         if writer is not None:
-            plan = writer.plan(hidden, self.lm.head(hidden, noise.latent) if writer.config.use_latent else None)
-            plan = jnp.broadcast_to(plan, (len(noise.latent), *plan.shape[1:]))
-            return writer.write(plan, previous, noise.uniforms if decoding == "drawn" else None, table)
-        states = self.autoencoder.decode_states(self.lm.head(hidden, noise.latent))
+            plan = writer.plan(hidden, latents if writer.config.use_latent else None)
+            plan = jnp.broadcast_to(plan, (len(latents), *plan.shape[1:]))
+            return writer.write(plan, previous, uniforms if decoding == "drawn" else None, table)
+        states = self.autoencoder.decode_states(latents)
         scoring = self.table if table is None else table
         if decoding == "argmax":
             return best_token(states, scoring, self.precision)
-        assert noise.uniforms is not None
-        return draw_token(noise.uniforms, states, scoring, self.precision)
+        assert uniforms is not None
+        return draw_token(uniforms, states, scoring, self.precision)
 
     def token_log_probs(
         self,
         hidden: Float[Array, "*b D"],
-        previous: Int[Array, "*b K"],
+        previous: Int[Array, "*b w"],
         latents: Float[Array, "S *b Z"],
         targets: Int[Array, "*b K"],
     ) -> Float[Array, "S *b K"]:
@@ -194,7 +219,7 @@ def sample_chunks(
     predictor: Predictor,
     key: PRNGKey,
     hidden: Float[Array, "*b D"],
-    previous: Int[Array, "*b K"],
+    previous: Int[Array, "*b w"],
     num_samples: int,
     *,
     decoding: str = "argmax",

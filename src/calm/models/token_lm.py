@@ -118,6 +118,11 @@ class TokenLM(nnx.Module):
         return 1
 
     @property
+    def reach(self) -> int:
+        """The hidden state has read the tokens before; nothing else is asked of them."""
+        return 0
+
+    @property
     def num_layers(self) -> int:
         return self.config.backbone.num_periods
 
@@ -147,7 +152,7 @@ class TokenLM(nnx.Module):
     def write(
         self,
         hidden: Float[Array, "*b D"],
-        previous: Int[Array, "*b 1"],
+        previous: Int[Array, "*b w"],
         noise: Noise,
         *,
         decoding: str = "drawn",

@@ -14,10 +14,9 @@ from calm.errors import UsageError
 from calm.models.predictor import DECODINGS, Predictor
 from calm.sampling import steps
 from calm.sampling.exact import ExactTemperature
-from calm.sampling.repetition import NOTHING
 from calm.sampling.sampler import PlainSampler, Sampler
 from calm.sampling.steps import Model, Progress, Recipe, Weights
-from calm.text.chunking import chunk_prompt, pad_prompts
+from calm.text.chunking import NOTHING, chunk_prompt, pad_prompts
 
 PLAIN = PlainSampler()
 LENGTH_STEP = 16  # sequence lengths are rounded up to multiples of it, so that few shapes are compiled

@@ -9,7 +9,7 @@ conditioned on chunks that repeat nothing: exactly for the exact sampler, over t
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
-NOTHING = -1  # where no token stands yet
+from calm.text.chunking import NOTHING
 
 
 def repeats(history: Int[Array, "B T"], chunks: Int[Array, "S B K"], length: int) -> Bool[Array, "S B"]:

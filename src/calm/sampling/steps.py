@@ -16,12 +16,14 @@ from jaxtyping import Array, Bool, Float, Int
 
 from calm.autoencoder.decoder import ScoringTable
 from calm.errors import UsageError
+from calm.models.context_decoder import recent_tokens
 from calm.models.predictor import Predictor
 from calm.models.token_lm import TokenLM
 from calm.nn.dense import operand
 from calm.nn.unrolled import unrolled, unstack
 from calm.sampling import repetition
 from calm.sampling.sampler import Sampler, StepKeys
+from calm.text.chunking import NOTHING
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,8 +60,10 @@ class Progress(NamedTuple):
     """has read all chunks but the last"""
     chunk: Int[Array, "B K"]
     """the last chunk, which the next step reads"""
+    previous: Int[Array, "B w"]
+    """the last tokens up to the end of that chunk (`Predictor.reach`)"""
     history: Int[Array, "B T"]
-    """prompt and continuation, right-aligned; `repetition.NOTHING` where there is no token"""
+    """prompt and continuation, right-aligned; `NOTHING` where there is no token"""
     ended: Bool[Array, "B"]
     lengths: Int[Array, "B"]
     """tokens written so far, the end token not counted"""
@@ -108,9 +112,12 @@ def begin(
     zeros = jnp.zeros((batch,), jnp.int32)
     state = state._replace(layers=unstack(state.layers, predictor.num_layers))
     no = zeros.astype(bool)
+    padding = jnp.arange(length)[:, None] < starts[:, None, None]
+    previous = recent_tokens(jnp.where(padding, NOTHING, chunks), predictor.reach)[:, -1]
     return Progress(
         state=state,
         chunk=chunks[:, -1],
+        previous=previous,
         history=history,
         ended=no,
         lengths=zeros,
@@ -142,7 +149,7 @@ class ModelSource:
     table: ScoringTable
     decoding: str
     hidden: Float[Array, "B D"]
-    previous: Int[Array, "B K"]
+    previous: Int[Array, "B w"]
     history: Int[Array, "B T"]
     alive: Bool[Array, "B"]
 
@@ -166,7 +173,7 @@ def advance(recipe: Recipe, weights: Weights, keys: StepKeys, progress: Progress
     predictor: Predictor = weights.model.merge()
     hidden, state = predictor.hidden(progress.chunk[:, None], progress.state)
     source = ModelSource(
-        predictor, weights.table, recipe.decoding, hidden[:, 0], progress.chunk, progress.history, ~progress.ended
+        predictor, weights.table, recipe.decoding, hidden[:, 0], progress.previous, progress.history, ~progress.ended
     )
     choice = recipe.sampler.sample(keys, source)
 
@@ -177,6 +184,7 @@ def advance(recipe: Recipe, weights: Weights, keys: StepKeys, progress: Progress
     progress = Progress(
         state=state,
         chunk=chunk,
+        previous=jnp.concatenate([progress.previous, chunk], axis=1)[:, chunk.shape[1] :],
         history=jnp.concatenate([progress.history[:, chunk.shape[1] :], chunk], axis=1),
         ended=over[:, -1],
         lengths=progress.lengths + jnp.sum(~over, axis=-1, dtype=jnp.int32),

@@ -10,6 +10,9 @@ from jaxtyping import Int
 
 from calm.errors import UsageError
 
+NOTHING = -1
+"""stands for a token where there is none, as before the beginning of a text"""
+
 
 def chunk_prompt(ids: Int[np.ndarray, "T"] | Sequence[int], chunk_size: int, begin_id: int) -> Int[np.ndarray, "N K"]:
     """The first T mod K tokens, behind K - (T mod K) begins, then whole chunks: N = T // K + 1.

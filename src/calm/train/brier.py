@@ -28,6 +28,7 @@ from calm.metrics.brier_lm import (
     brier_known,
 )
 from calm.metrics.brier_lm import Protocol as BrierProtocol
+from calm.models.context_decoder import recent_tokens
 from calm.models.predictor import NextVector, Predictor
 from calm.report.scores import BrierReport
 from calm.rng import PRNGKey, stream
@@ -161,7 +162,7 @@ def _by_samples(
     state = predictor.init_state(batch, length, rewindable=True) if later else None
     hidden, state = predictor.hidden(where.chunks, state)
     at = where.ends - 1
-    hidden, previous = hidden[:, at], where.chunks[:, at]
+    hidden, previous = hidden[:, at], recent_tokens(where.chunks, predictor.reach)[:, at]
     lead = (batch, len(at), num_samples)
     has_latent = isinstance(predictor, NextVector) and predictor.lm.context_decoder is None
     by_products = has_latent and decoding == "drawn"
@@ -184,9 +185,11 @@ def _by_samples(
     parts, written = [], jnp.zeros((num_samples, batch, len(at), 0), jnp.int32)
     for step in range(later + 1):
         if step:
-            previous = jnp.moveaxis(written[..., -chunk_size:], 0, 2).reshape(batch, -1, chunk_size)
+            last = jnp.moveaxis(written[..., -chunk_size:], 0, 2).reshape(batch, -1, chunk_size)
             state = predictor.fork(state, where.ends, num_samples, later) if step == 1 else state
-            hidden, state = predictor.hidden(previous, state)
+            hidden, state = predictor.hidden(last, state)
+            previous = previous if step > 1 else jnp.repeat(previous, num_samples, axis=1)  # as the branches stand
+            previous = jnp.concatenate([previous, last], axis=-1)[..., chunk_size:]
             noise = draw(step, (1, hidden.shape[1]))
             latents = samples_first(predictor.lm.head(hidden, noise.latent)[0]) if by_products else None
         if by_products:

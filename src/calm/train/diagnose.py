@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 from calm.errors import UsageError
 from calm.metrics.accumulate import BlockSums, bootstrap
 from calm.metrics.brier_lm import TextProtocol, brier_argmax
+from calm.models.context_decoder import recent_tokens
 from calm.models.ngram import Bigram, Unigram, log_prob
 from calm.models.predictor import sample_chunks
 from calm.report.diagnosis import (
@@ -128,8 +129,9 @@ def _score_prefixes(
 ) -> Float[Array, "B 10"]:
     predictor: Any = nnx.merge(graph, params)
     chunks = tokens.reshape(len(tokens), -1, predictor.chunk_size)
-    previous, targets = chunks[:, :-1], chunks[:, 1:]
-    hidden, _ = predictor.hidden(previous)
+    targets = chunks[:, 1:]
+    hidden, _ = predictor.hidden(chunks[:, :-1])
+    previous = recent_tokens(chunks[:, :-1], predictor.reach)
     count = options.num_samples
 
     def block(row: Array, hidden: Array, previous: Array, targets: Array) -> Float[Array, "10"]:
@@ -233,18 +235,18 @@ def _score_aligned(
     predictor: Any = nnx.merge(graph, params)
     size = predictor.chunk_size
     chunks = tokens.reshape(len(tokens), -1, size)[:, : ALIGNED_CHUNKS + 1]
-    previous, targets = chunks[:, :-1], chunks[:, 1:]
+    read, targets = chunks[:, :-1], chunks[:, 1:]
 
     def score(kept: Int[Array, ""]) -> Float[Array, "B"]:
-        first = jnp.where(jnp.arange(size) < size - kept, begin, previous[:, 0])
-        filled = previous.at[:, 0].set(first)
+        first = jnp.where(jnp.arange(size) < size - kept, begin, read[:, 0])
+        filled = read.at[:, 0].set(first)
         hidden, _ = predictor.hidden(filled)
         keys = jax.vmap(partial(jax.random.fold_in, key))(rows)  # the same draws for every filling
 
-        def draw(key: Array, hidden: Array, filled: Array) -> Int[Array, "S N K"]:
-            return sample_chunks(predictor, key, hidden, filled, num_samples, decoding=decoding)
+        def draw(key: Array, hidden: Array, previous: Array) -> Int[Array, "S N K"]:
+            return sample_chunks(predictor, key, hidden, previous, num_samples, decoding=decoding)
 
-        samples = jax.vmap(draw, out_axes=1)(keys, hidden, filled)
+        samples = jax.vmap(draw, out_axes=1)(keys, hidden, recent_tokens(filled, predictor.reach))
         return brier_argmax(samples, targets)[..., 0].sum(1)
 
     return jax.lax.map(score, jnp.arange(size + 1)).T
@@ -326,7 +328,8 @@ def _read_twice(
             return state, hidden[:, 0]
 
         _, stepped = jax.lax.scan(step, state, jnp.moveaxis(chunks[:, begin - 1 : -1], 1, 0))
-        sample = sample_chunks(model, key, whole, chunks[:, begin - 1 : -1], 1, decoding=options.decoding)[0]
+        previous = recent_tokens(chunks[:, :-1], model.reach)[:, begin - 1 :]
+        sample = sample_chunks(model, key, whole, previous, 1, decoding=options.decoding)[0]
         return whole, jnp.moveaxis(stepped, 0, 1), sample
 
     whole, stepped, sample = read(params, chunks)

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from calm.errors import UsageError
 from calm.metrics.brier_lm import TextProtocol
+from calm.models.context_decoder import recent_tokens
 from calm.models.predictor import DECODINGS, Predictor, sample_chunks
 from calm.report.frontier import FrontierReport
 from calm.rng import PRNGKey, stream
@@ -53,8 +54,9 @@ def _score(
     """Sums over the positions of every block."""
     predictor: Any = nnx.merge(graph, params)
     chunks = tokens.reshape(len(tokens), -1, predictor.chunk_size)
-    previous, targets = chunks[:, :-1], chunks[:, 1:]
-    hidden, _ = predictor.hidden(previous)
+    targets = chunks[:, 1:]
+    hidden, _ = predictor.hidden(chunks[:, :-1])
+    previous = recent_tokens(chunks[:, :-1], predictor.reach)
     places = np.unique(np.linspace(0, targets.shape[1] - 1, options.positions).astype(int))
     most = max(options.sizes)
 
@@ -70,7 +72,7 @@ def _score(
         jnp.broadcast_to(jnp.asarray(places), shape),
         *(x[:, places] for x in (hidden, previous, targets)),
     )
-    scores = jax.lax.map(position, jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), of_each))
+    scores = jax.lax.map(position, jax.tree.map(lambda x: x.reshape(shape[0] * shape[1], *x.shape[2:]), of_each))
     return scores.reshape(*shape, -1).sum(1)
 
 

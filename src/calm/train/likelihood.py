@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int
 from calm.errors import UsageError
 from calm.metrics.brier_lm import TextProtocol
 from calm.metrics.nll_bound import SHARES, bound_curve, sample_sizes, smoothed
+from calm.models.context_decoder import recent_tokens
 from calm.models.ngram import Unigram
 from calm.models.predictor import Predictor
 from calm.report.likelihood import LikelihoodReport
@@ -44,7 +45,7 @@ class LatentPredictor(Predictor, Protocol):
     def token_log_probs(
         self,
         hidden: Float[Array, "*b D"],
-        previous: Int[Array, "*b K"],
+        previous: Int[Array, "*b w"],
         latents: Float[Array, "S *b Z"],
         targets: Int[Array, "*b K"],
     ) -> Float[Array, "S *b K"]: ...
@@ -67,8 +68,9 @@ def _bound_sums(
     """Negative bounds in nats summed over a block's positions: for each share, for each number of samples."""
     predictor: Any = nnx.merge(graph, params)
     chunks = tokens.reshape(len(tokens), -1, predictor.chunk_size)
-    previous, targets = chunks[:, :-1], chunks[:, 1:]
-    hidden, _ = predictor.hidden(previous)
+    targets = chunks[:, 1:]
+    hidden, _ = predictor.hidden(chunks[:, :-1])
+    previous = recent_tokens(chunks[:, :-1], predictor.reach)
     at_once = min(num_samples, SAMPLES_AT_ONCE)
     posterior = predictor.autoencoder.encode(targets) if from_encoder else None
     keys = jax.vmap(partial(jax.random.fold_in, stream(key, "bound")))(rows)  # a block's samples do not depend on its batch
