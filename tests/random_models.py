@@ -32,6 +32,7 @@ def random_model(config: Any, seed: int = 0, precision: str = "float32") -> Any:
             "bias": lambda noise=noise: 0.1 * noise,
             "embedding": lambda noise=noise: noise,
             "table": lambda noise=noise: noise,
+            "from_place": lambda noise=noise: 0.1 * noise,
         }[kind]()
     return build_with_weights(config, weights, precision=precision, where="test")
 

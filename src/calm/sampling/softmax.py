@@ -53,12 +53,16 @@ class SoftmaxSampler:
     def sample(self, keys: StepKeys, source: Source) -> Choice:
         if not isinstance(source, SourceWithLogits):
             raise UsageError("this sampler needs probabilities, which only a token model has; use one that draws")
-        logits = source.logits() / self.temperature
-        weights = jnp.exp(logits - logits.max(-1, keepdims=True))
-        weights = jnp.where(self.kept(weights), weights, 0.0)
+        weights = self.weights(source.logits())
         uniforms = jax.vmap(lambda key: jax.random.uniform(key, (1, 2)))(keys.choice)
         chunk = draw_places(uniforms, weights).astype(jnp.int32)
         return Choice(chunk, jnp.zeros(chunk.shape[:1], bool), jnp.ones(chunk.shape[:1], jnp.int32))
+
+    def weights(self, logits: Float[Array, "B V"]) -> Float[Array, "B V"]:
+        """Numbers proportional to the probabilities that it draws with."""
+        logits = logits / self.temperature
+        weights = jnp.exp(logits - logits.max(-1, keepdims=True))
+        return jnp.where(self.kept(weights), weights, 0.0)
 
     def kept(self, weights: Float[Array, "B V"]) -> Bool[Array, "B V"]:
         """Which tokens the filters leave, given numbers proportional to their probabilities."""
