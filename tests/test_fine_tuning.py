@@ -11,7 +11,11 @@ from flax import nnx
 
 import calm
 import tiny
+from calm.models import TokenLMConfig
+from calm.nn import BackboneConfig
 from calm.stages import load_run_config, starting_point
+from calm.starting_point import StartingPoint
+from calm.train.token_objective import TokenLossConfig, TokenObjective
 
 TOKEN_LM = [*tiny.BACKBONE, *tiny.HEADS, *tiny.TRAIN]
 STEP = "--train.steps 1 --train.batch-size 2 --train.num-tokens 64 --train.precision float32".split()
@@ -144,3 +148,20 @@ def test_a_starting_point_fills_what_it_lacks_with_fresh_weights(tiny_runs):
     assert set(initial) == {"lm", "auxiliary"}
     for mine, theirs in zip(jax.tree.leaves(initial["lm"]), jax.tree.leaves(start.params["lm"]), strict=True):
         np.testing.assert_array_equal(mine, theirs)
+
+
+def test_a_token_model_begins_with_or_without_the_flow_that_another_trained_beside_it():
+    backbone = BackboneConfig(dim=16, num_layers=1, num_heads=2, num_kv_heads=1, inner_dim=24)
+    config = TokenLMConfig(vocab_size=24, backbone=backbone)
+    bare, flow = (TokenObjective(config, TokenLossConfig(flow_weight=weight), context=16) for weight in (0.0, 1.0))
+    other = jax.jit(flow.init)(jax.random.key(5))
+    for params in (other, other["lm"]):  # of a run with a flow, and of one without or an export
+        start = StartingPoint("there", config, params, None, None)
+        begun = start.initial(flow, seed=0)
+        assert set(begun) == {"lm", "flow"}
+        for found in (begun["lm"], start.initial(bare, seed=0)):
+            for mine, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(other["lm"]), strict=True):
+                np.testing.assert_array_equal(mine, theirs)
+        own = start.initial(flow, seed=0)["flow"]
+        same = all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(own), jax.tree.leaves(other["flow"]), strict=True))
+        assert same == isinstance(params, dict)

@@ -12,8 +12,8 @@ class Experiment:
     in several terminals on one folder to share the cells out.
 
     Studies: chunk-sizes (a token model and CALM at K = 1, 2, 4, at equal compute), recipes (what makes CALM learn at small
-    scale), stems (tokens, latents or both as input), memory (which mixer remembers what). An option that a study has no use
-    for is refused.
+    scale), stems (tokens, latents or both as input), memory (which mixer remembers what), regularisers (what keeps a
+    token model from collapsing). An option that a study has no use for is refused.
     """
 
     name: Annotated[str, tyro.conf.Positional]

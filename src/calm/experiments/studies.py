@@ -12,6 +12,7 @@ from calm.config import suggestion
 from calm.errors import UsageError
 from calm.experiments.loss_kinds import LossKindStudy
 from calm.experiments.memory import MemoryStudy
+from calm.experiments.regularisers import RegulariserStudy
 from calm.experiments.runner import Cell
 from calm.experiments.study import LanguageModelStudy, Place, Study
 from calm.heads import EnergyHeadConfig, FlowHeadConfig, MixtureHeadConfig
@@ -137,4 +138,5 @@ STUDIES: dict[str, Study] = {
     "stems": LanguageModelStudy(summary="what the backbone reads: tokens, latents or both", chunk_sizes=(4,), cells=_stems),
     "memory": MemoryStudy(),
     "losses": LossKindStudy(),
+    "regularisers": RegulariserStudy(),
 }
