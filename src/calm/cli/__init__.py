@@ -39,6 +39,7 @@ VERBS = {
     "train autoencoder": Verb("train", "TrainAutoencoder", "stage 1: learn chunk <-> latent"),
     "train lm": Verb("train", "TrainLM", "stage 2: learn to predict the next latent"),
     "train token-lm": Verb("train", "TrainTokenLM", "the baseline: learn to predict the next token on the same backbone"),
+    "train critic": Verb("critic", "TrainCritic", "a critic of latents for calm align, from labelled text or from words"),
     "evaluate": Verb("evaluate", "Evaluate", "score a run: reconstruction, BrierLM with intervals"),
     "generate": Verb("generate", "Generate", "continue prompts, streaming chunk by chunk"),
     "frontier": Verb("frontier", "Frontier", "accuracy against collision over temperatures and numbers of candidates"),
@@ -46,6 +47,7 @@ VERBS = {
     "inspect autoencoder": Verb("inspect", "InspectAutoencoder", "look at latents: noise, KL, spread, smoothness"),
     "inspect losses": Verb("inspect", "InspectLosses", "what a language model's loss was made of, step by step, as .npz"),
     "diagnose": Verb("diagnose", "Diagnose", "name the first stage at which a language model fails"),
+    "align": Verb("align", "Align", "change the weights for one prompt by what is wanted, and write"),
     "experiment": Verb("experiment", "Experiment", "run a study of many short runs at equal compute, resumable cell by cell"),
     "export": Verb("export", "Export", "write a run as safetensors + config.json + tokenizer.json + model card"),
     "doctor": Verb("doctor", "Doctor", "say what this machine can do, what is missing and how to get it"),
@@ -69,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not words and (not rest or rest[0] in ("-h", "--help")):
         print(help_page())
         return 0
-    heavy = ("quickstart", "train", "evaluate", "inspect", "diagnose", "experiment")
+    heavy = ("quickstart", "train", "evaluate", "inspect", "diagnose", "align", "experiment")
     if argv is None and words.split(" ")[0] in heavy:  # a process of its own, and heavy work
         restart_with_huge_pages()
     as_json = "--json" in rest

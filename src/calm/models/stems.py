@@ -45,11 +45,18 @@ class ChunkCompression(nnx.Module):
         self.narrow = Dense(2 * dim, dim, **sizes)
         self.norm = nnx.LayerNorm(dim, epsilon=1e-6, rngs=rngs)
 
-    def __call__(self, chunks: Int[Array, "*b K"], latents: Float[Array, "*b Z"] | None = None) -> Float[Array, "*b D"]:
-        """`latents` are needed where they are read, and not looked at where they are not."""
+    def __call__(
+        self,
+        chunks: Int[Array, "*b K"],
+        latents: Float[Array, "*b Z"] | None = None,
+        embedded: Float[Array, "*b K D"] | None = None,
+    ) -> Float[Array, "*b D"]:
+        """`latents` are needed where they are read, and not looked at where they are not; `embedded` may stand for the
+        embeddings of the chunks' tokens."""
         parts = []
         if self.embedding is not None:
-            parts.append(self.embedding[...][chunks].reshape(*chunks.shape[:-1], -1))
+            rows = self.embedding[...][chunks] if embedded is None else embedded
+            parts.append(rows.reshape(*chunks.shape[:-1], -1))
         if self.reads_latents:
             assert latents is not None, "this stem reads latents"
             parts.append(latents * latents.shape[-1] ** -0.5)  # about as long as an embedding

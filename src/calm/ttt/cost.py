@@ -1,0 +1,63 @@
+"""What adaptation costs, in FLOPs, and what the same FLOPs would buy without it.
+
+Matrix products count, a backward pass twice its forward pass where weights learn and once where a slope only passes through
+(`calm.metrics.flops`). A critic of one's own counts for nothing, since nobody knows it; those here are thousands of times
+cheaper than what they judge.
+"""
+
+import dataclasses
+
+from calm.autoencoder import AutoencoderConfig
+from calm.models import LatentLMConfig
+from calm.ttt.seal import SealConfig
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AlignmentCost:
+    """FLOPs for one prompt."""
+
+    rewire: float
+    """reading the prompt for it, imagining, and the gradient steps"""
+    text: float
+    """reading the prompt and writing one text"""
+
+    @property
+    def total(self) -> float:
+        return self.rewire + self.text
+
+    @property
+    def texts(self) -> int:
+        """How many texts could be written without adaptation for what adaptation and one text cost."""
+        return max(1, int(self.total // self.text))
+
+
+def alignment_cost(
+    config: SealConfig, lm: LatentLMConfig, codec: AutoencoderConfig, *, prompt_chunks: int, num_chunks: int
+) -> AlignmentCost:
+    """The cost of `config` for a prompt of so many chunks, and of a text of `num_chunks`."""
+    encoder = codec.encoder_flops() if lm.stem != "discrete" else 0
+    writer = codec.decoder_flops() + codec.vocabulary_flops() if lm.context_decoder is None else lm.writing_flops(1)
+
+    def parts(length: int) -> tuple[int, int]:
+        """Of one chunk behind `length` chunks: reading it, and the head."""
+        reading = lm.flops(length, 0)
+        return reading + encoder, lm.flops(length, 1) - reading
+
+    reading, head = parts(prompt_chunks + num_chunks)
+    text = prompt_chunks * reading + num_chunks * (reading + head + writer)
+
+    reading, head = parts(prompt_chunks + config.chunks)
+    imagined, everything = config.samples * config.chunks, config.fast.part == "all"
+    through = config.feedback != "constant"
+    forward = imagined * (reading + head + writer)
+    backward = imagined * (2 * head + (2 * reading if everything else reading if through else 0))
+    if through and lm.stem != "continuous":
+        expected = codec.vocabulary_flops() + 2 * lm.chunk_size * lm.vocab_size * lm.backbone.dim
+        forward, backward = forward + imagined * expected, backward + 2 * imagined * expected
+    prompt = prompt_chunks * reading
+    per_step = forward + backward + (3 * prompt if everything else 0)
+    if config.brakes.max_drift is not None:
+        per_step += config.samples * head + (prompt if everything else 0)
+    if config.brakes.penalty:
+        per_step += 3 * config.samples * head
+    return AlignmentCost(rewire=float(config.inner_steps * per_step + prompt), text=float(text))

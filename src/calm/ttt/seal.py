@@ -1,0 +1,334 @@
+"""Latent test-time training: hypothesise, critique, rewire, act.
+
+For one prompt, at inference:
+
+    hypothesise   S latent futures of N chunks part from the prompt's state (`calm.ttt.rollout`)
+    critique      a critic gives each a reward (`calm.ttt.critic`)
+    rewire        gradient steps on fast weights raise the mean reward (`calm.ttt.fast_weights`, `calm.ttt.brakes`)
+    act           the text is written again by the adapted weights, which are then forgotten
+
+Every prompt of a batch has fast weights of its own; one compiled program serves all prompts, concepts, critics and rates of the
+same shapes. Each inner step imagines futures anew, from noise of its own, and the rewards that are reported come from noise
+that no step has seen.
+
+Source: J. Adam 2025, "Calm-Seal", a description without code that calls this SEAL, self-editing alignment layer. It is not the
+SEAL of Zweiger et al. 2025 (arXiv:2506.10943), whose model writes its own fine-tuning data. The frame is test-time training
+(Sun et al. 2020, arXiv:1909.13231); there the loss is self-supervised on the input, here it is a reward on the output.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from calm.autoencoder.decoder import ScoringTable
+from calm.errors import DivergedError, UsageError
+from calm.losses.energy_score import energy_loss
+from calm.models.predictor import NextVector
+from calm.rng import PRNGKey, stream
+from calm.sampling.generate import HasSpecialIds
+from calm.ttt import fast_weights
+from calm.ttt.brakes import Brakes, drift
+from calm.ttt.critic import as_pytree
+from calm.ttt.fast_weights import Change, FastWeightsConfig
+from calm.ttt.rollout import Feedback, begin, default_feedback, draw_noise, futures, lay_out, require_steerable
+
+Optimizer = Literal["sgd", "adam"]
+FLUENCY_SAMPLES = 8
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SealConfig:
+    """How a prompt's weights are adapted."""
+
+    samples: int = 8
+    """S futures at each inner step"""
+    chunks: int = 8
+    """N chunks of each"""
+    inner_steps: int = 3
+    """gradient steps"""
+    rate: float = 1e-2
+    """their size"""
+    optimizer: Optimizer = "sgd"
+    fast: FastWeightsConfig = FastWeightsConfig()
+    feedback: Feedback | Literal["auto"] = "auto"
+    """what the gradient does between chunks (`calm.ttt.rollout`): constant, straight_through, or latent, which only a stem that
+    reads nothing but latents can do; auto = latent there, else constant"""
+    brakes: Brakes = Brakes()
+    at_once: int = 8
+    """prompts that are adapted side by side; memory grows with it (docs/ttt.md)"""
+
+    def __post_init__(self) -> None:
+        if not 2 <= self.samples <= 4096 or not 1 <= self.chunks <= 4096:
+            raise UsageError(
+                f"alignment: samples must lie in 2 .. 4096 and chunks in 1 .. 4096, got {self.samples} and {self.chunks}"
+            )
+        if not 1 <= self.inner_steps <= 1000:
+            raise UsageError(f"alignment: inner_steps must lie in 1 .. 1000, got {self.inner_steps}")
+        if not (0 < self.rate <= 1000):
+            raise UsageError(f"alignment: rate must lie in (0, 1000], got {self.rate}")
+        if self.at_once < 1:
+            raise UsageError(f"alignment: at_once must be at least 1, got {self.at_once}")
+
+
+class Prompts(NamedTuple):
+    """Prompts, laid out as generation lays them out: padded on the left, their ends at chunk boundaries."""
+
+    chunks: Int[np.ndarray, "B N K"]
+    starts: Int[np.ndarray, "B"]
+
+
+class Rewired(NamedTuple):
+    """What adaptation came to, for each of B prompts."""
+
+    changes: Change
+    """of the fast weights, with a leading axis B"""
+    rewards: Float[np.ndarray, "B T"]
+    """mean reward of the futures of each inner step, before its update"""
+    before: Float[np.ndarray, "B"]
+    """mean reward of futures of the base weights, from noise that no step has seen"""
+    after: Float[np.ndarray, "B"]
+    """and of the adapted weights, from the same noise"""
+    drift: Float[np.ndarray, "B"]
+    """energy coefficient between the two at the prompt's state (`calm.ttt.brakes`)"""
+    norm: Float[np.ndarray, "B"]
+    """length of the change over that of the weights that it is about"""
+    steps: Int[np.ndarray, "B"]
+    """updates that were made; fewer than asked for where a brake stopped them"""
+
+
+class Acted(NamedTuple):
+    """Texts of B prompts, S of each, as latents and as the chunks that were written."""
+
+    latents: Float[np.ndarray, "B S N Z"]
+    chunks: Int[np.ndarray, "B S N K"]
+    rewards: Float[np.ndarray, "B S"]
+
+    def best(self) -> "Acted":
+        """The text of the highest reward for each prompt."""
+        rows, pick = np.arange(len(self.rewards)), self.rewards.argmax(1)
+        return Acted(*(x[rows, pick][:, None] for x in self))
+
+
+class Seal:
+    """Adapts a next-vector model to prompts, and writes with what comes of it. The model itself is never changed.
+
+    Raises:
+        UsageError: a model whose text does not follow from latents, or a feedback that its stem does not allow.
+    """
+
+    def __init__(self, predictor: Any, special: HasSpecialIds, config: SealConfig | None = None):
+        self.predictor: NextVector = require_steerable(predictor)
+        self.config, self.special = config or SealConfig(), special
+        feedback = self.config.feedback
+        if feedback == "latent" and self.predictor.lm.config.stem != "continuous":
+            raise UsageError(
+                f"alignment: feedback latent needs a stem that reads latents alone, this model's is "
+                f"{self.predictor.lm.config.stem!r}; use constant or straight_through"
+            )
+        if feedback == "auto":
+            self.config = dataclasses.replace(self.config, feedback=default_feedback(self.predictor))
+        self.graphdef, self.params = nnx.split(self.predictor)
+        # An end would cut a future short: all have N chunks, so that rewards and texts compare.
+        allowed = np.setdiff1d(np.arange(self.predictor.vocab_size), [special.begin_id, special.mask_id, special.end_id])
+        ids = jnp.asarray(allowed, jnp.int32)
+        self.table = ScoringTable.of(self.predictor.table, self.predictor.precision, ids)
+
+    def read(self, prompts: Sequence[Int[np.ndarray, "_"]]) -> Prompts:
+        """Token ids as prompts."""
+        return Prompts(*lay_out(prompts, self.predictor.chunk_size, self.special.begin_id))
+
+    def rewire(self, critic: Any, prompts: Prompts, keys: Array) -> Rewired:
+        """Fast weights for each prompt, by `keys` `[B]`.
+
+        Raises:
+            DivergedError: a reward, its gradient or the weights stopped being finite.
+        """
+        program = partial(_rewire, _recipe(self.config), self.graphdef)
+        found, broken = self._by_groups(program, critic, prompts, keys, (), _limits(self.config))
+        if (broken >= 0).any():
+            row = int(np.argmax(broken >= 0))
+            raise DivergedError(
+                f"alignment: reward, gradient or weights are not finite at inner step {broken[row]} of prompt {row}; use a "
+                f"rate below {self.config.rate:g}, or a critic with finite slopes. The model is as it was"
+            )
+        return found
+
+    def act(
+        self,
+        critic: Any,
+        prompts: Prompts,
+        keys: Array,
+        changes: Change | None = None,
+        *,
+        num_chunks: int,
+        num_texts: int = 1,
+        shifts: Float[Array, "B Z"] | None = None,
+    ) -> Acted:
+        """`num_texts` texts of `num_chunks` chunks for each prompt, at temperature 1, without an end.
+
+        `changes` are of `rewire`, none = the base weights; `shifts` are added to every latent. The same keys give the same
+        noise whatever the weights, and a single text of a key is what `calm.sampling.generate` writes by it.
+        """
+        program = partial(_act, (num_texts, num_chunks), self.graphdef)
+        extra = (changes, None if shifts is None else jnp.asarray(shifts, jnp.float32))
+        return self._by_groups(program, critic, prompts, keys, extra, None)
+
+    def energy(self, prompts: Prompts, chunks: Int[np.ndarray, "B S N K"], keys: Array) -> Float[np.ndarray, "B S"]:
+        """How unlikely the base model finds texts behind their prompts: its energy score of their chunks, the mean of each
+        text.
+
+        What stands for fluency where no other model judges; it favours what the model itself would write.
+        """
+        program = partial(_energy, self.graphdef)
+        return self._by_groups(program, None, prompts, keys, (jnp.asarray(chunks),), None)
+
+    def adapted(self, rewired: Rewired, row: int = 0) -> NextVector:
+        """A predictor with the weights of one prompt, for whatever takes a predictor: `calm.sampling.generate`, other samplers.
+        It shares no weight that changed with the base model."""
+        change = jax.tree.map(lambda x: jnp.asarray(x[row]), rewired.changes)
+        return nnx.merge(self.graphdef, fast_weights.adapted(self.params, change))
+
+    def _by_groups(self, program: Any, critic: Any, prompts: Prompts, keys: Array, extra: tuple, limits: Any) -> Any:
+        """Runs a program for `at_once` prompts at a time, the last group filled up with copies."""
+        count = len(prompts.starts)
+        if keys.shape[0] != count:
+            raise UsageError(f"{keys.shape[0]} keys for {count} prompts: give one key a row (calm.rng.row_keys)")
+        size = min(self.config.at_once, count)
+        pick = np.minimum(np.arange(-(-count // size) * size), count - 1)
+        rows = jax.tree.map(lambda x: jnp.asarray(x)[pick], (prompts.chunks, prompts.starts, keys, *extra))
+        groups = jax.tree.map(lambda x: x.reshape(-1, size, *x.shape[1:]), rows)
+        critic = None if critic is None else as_pytree(critic)
+        result = program(self.params, critic, self.table, limits, groups)
+        return jax.tree.map(lambda x: np.asarray(x).reshape(-1, *x.shape[2:])[:count], result)
+
+
+# -- compiled ---------------------------------------------------------------------------------------------------------
+
+
+class Limits(NamedTuple):
+    """What a compiled program is told and not made of: other numbers do not compile another one."""
+
+    rate: Float[Array, ""]
+    penalty: Float[Array, ""]
+    max_drift: Float[Array, ""]
+    max_norm: Float[Array, ""]
+    enough: Float[Array, ""]
+
+
+def _limits(config: SealConfig) -> Limits:
+    brakes = config.brakes
+    numbers = (config.rate, brakes.penalty, brakes.max_drift, brakes.max_norm, brakes.enough)
+    return Limits(*(jnp.float32(jnp.inf if number is None else number) for number in numbers))
+
+
+def _recipe(config: SealConfig) -> SealConfig:
+    """The configuration as far as programs differ by it."""
+    watched = Brakes(penalty=float(config.brakes.penalty > 0), max_drift=None if config.brakes.max_drift is None else 1.0)
+    return dataclasses.replace(config, rate=1.0, brakes=watched)
+
+
+def _mapped(one: Any, groups: Any) -> Any:
+    """`one(*row)` for all rows, those of a group side by side."""
+    return jax.lax.map(lambda rows: jax.vmap(one)(*rows), groups)
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _rewire(
+    config: SealConfig, graphdef: Any, params: Any, critic: Any, table: ScoringTable, limits: Limits, groups: Any
+) -> tuple[Rewired, Int[Array, "G A"]]:
+    """The second tells the inner step that broke, -1 for none."""
+    optimizer = {"sgd": optax.sgd, "adam": optax.adam}[config.optimizer](limits.rate)
+    base: NextVector = nnx.merge(graphdef, params)
+    sizes, feedback = (config.samples, config.chunks), config.feedback
+    assert feedback != "auto"
+
+    def one(chunks: Int[Array, "N K"], start: Int[Array, ""], key: PRNGKey) -> tuple[Rewired, Int[Array, ""]]:
+        begun = begin(base, chunks, start, *sizes)
+        drift_noise = draw_noise(base, stream(key, "drift"), config.samples, 1).latent
+        assert drift_noise is not None
+        no_change = config.fast.init(params, stream(key, "fast weights"))
+        length = fast_weights.size_of(params, no_change)
+
+        def model(change: Change) -> tuple[NextVector, Any]:
+            """The adapted model, and the prompt as it reads it; the head has no part in reading."""
+            adapted = nnx.merge(graphdef, fast_weights.adapted(params, change))
+            return adapted, begun if config.fast.part == "head" else begin(adapted, chunks, start, *sizes)
+
+        def reward_of(predictor: NextVector, at: Any, key: PRNGKey, feedback: Feedback) -> Float[Array, ""]:
+            imagined = futures(predictor, at, draw_noise(base, key, *sizes), table, feedback=feedback)
+            return critic(imagined.latents[:, None]).mean()
+
+        def drift_of(predictor: NextVector, at: Any) -> Float[Array, ""]:
+            there, here = (
+                model.lm.head(hidden[None], drift_noise[0][:, None])[:, 0]
+                for model, hidden in ((predictor, at.hidden), (base, begun.hidden))
+            )
+            return drift(there, here)
+
+        def loss(change: Change, key: PRNGKey) -> tuple[Float[Array, ""], Float[Array, ""]]:
+            predictor, at = model(change)
+            reward = reward_of(predictor, at, key, feedback)
+            return (limits.penalty * drift_of(predictor, at) if config.brakes.penalty else 0.0) - reward, reward
+
+        def inner(carry: Any, step: Int[Array, ""]) -> tuple[Any, Any]:
+            change, state, stopped = carry
+            (_, reward), gradient = jax.value_and_grad(loss, has_aux=True)(change, stream(key, "rewire", step))
+            updates, new_state = optimizer.update(gradient, state)
+            new = fast_weights.projected(optax.apply_updates(change, updates), limits.max_norm * length)
+            finite = jnp.isfinite(reward) & jnp.isfinite(fast_weights.norm(new))
+            stop = stopped | ~finite | (reward >= limits.enough)
+            if config.brakes.max_drift is not None:
+                stop |= drift_of(*model(new)) > limits.max_drift
+            kept = jax.tree.map(lambda new, old: jnp.where(stop, old, new), (new, new_state), (change, state))
+            return (*kept, stop), (reward, ~stopped & ~finite, ~stop)
+
+        def measure(change: Change) -> tuple[Float[Array, ""], Float[Array, ""]]:
+            predictor, at = model(change)
+            return reward_of(predictor, at, stream(key, "measure"), "constant"), drift_of(predictor, at)
+
+        nothing = (no_change, optimizer.init(no_change), jnp.zeros((), bool))
+        (change, _, _), (rewards, broken, made) = jax.lax.scan(inner, nothing, jnp.arange(config.inner_steps))
+        # one after the other, so that what imagines is compiled once
+        (before, after), (_, drifted) = jax.lax.map(measure, jax.tree.map(lambda *x: jnp.stack(x), no_change, change))
+        norm = fast_weights.norm(change) / length
+        found = Rewired(change, rewards, before, after, drifted, norm, made.sum())
+        return found, jnp.where(broken.any(), jnp.argmax(broken), -1)
+
+    return _mapped(one, groups)
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _act(
+    sizes: tuple[int, int], graphdef: Any, params: Any, critic: Any, table: ScoringTable, limits: None, groups: Any
+) -> Acted:
+    def one(chunks: Array, start: Array, key: PRNGKey, change: Change | None, shift: Array | None) -> Acted:
+        weights = params if change is None else fast_weights.adapted(params, change)
+        predictor: NextVector = nnx.merge(graphdef, weights)
+        written = futures(
+            predictor, begin(predictor, chunks, start, *sizes), draw_noise(predictor, key, *sizes), table, shift=shift
+        )
+        return Acted(written.latents, written.chunks, critic(written.latents[:, None])[:, 0])
+
+    return _mapped(one, groups)
+
+
+@partial(jax.jit, static_argnums=0)
+def _energy(graphdef: Any, params: Any, critic: None, table: ScoringTable, limits: None, groups: Any) -> Float[Array, "G A S"]:
+    def one(prompt: Int[Array, "P K"], start: Array, key: PRNGKey, chunks: Int[Array, "S N K"]) -> Float[Array, "S"]:
+        predictor: NextVector = nnx.merge(graphdef, params)
+        texts, length = chunks.shape[:2]
+        whole = jnp.concatenate([jnp.broadcast_to(prompt, (texts, *prompt.shape)), chunks[:, :-1]], axis=1)
+        state = predictor.init_state(texts, whole.shape[1], jnp.broadcast_to(start, (texts,)))
+        hidden = predictor.hidden(whole, state)[0][:, -length:]
+        samples = predictor.lm.sample(stream(key, "energy"), hidden, FLUENCY_SAMPLES)
+        return energy_loss(samples, predictor.autoencoder.encode(chunks), stream(key, "draws")).mean(-1)
+
+    return _mapped(one, groups)
