@@ -20,7 +20,8 @@ from calm.rng import row_keys, stream
 from calm.sampling import SpecialIds, generate
 from calm.sampling.drafting import Drafting, Work, alone, cost, draft
 from calm.sampling.softmax import SoftmaxSampler
-from calm.sampling.speculation import uniforms_of
+from calm.sampling.speculation import Proposer, Speculation, uniforms_of
+from calm.sampling.steps import Model, prepare
 from calm.text.chunking import NOTHING, chunk_prompt
 from random_models import random_model
 
@@ -189,6 +190,39 @@ def test_drafts_are_what_calm_writes_after_the_whole_text_read_anew(writer, reci
         assert text == result.tokens[row].tolist()
         total = {name: total[name] + counts[name] for name in total}
     assert total == {name: getattr(result.work, name) for name in total}
+
+
+@pytest.mark.parametrize("known", [0, 1])
+@pytest.mark.parametrize("writer", ["none", "both"])
+def test_drafts_of_several_latents_follow_the_mixture_of_what_each_would_write(writer, known):
+    """Their laws, one after the other, multiply to mean_s prod_k p(x_k | latent s, x_<k), given the tokens that are known."""
+    target, predictor = models(writer)
+    pair = [prepare(Model(*nnx.split(model)), jnp.arange(V), jnp.int32(V)) for model in (target, predictor)]
+    recipe, chunks, start = Drafting(num_latents=3), jnp.asarray([[0, 3], [4, 2]]), 6
+    text = jnp.asarray([0, 0, 0, 3, 4, 2, 5, 0, 0, 0], jnp.int32)  # begins, the chunks, and 5, which is known or not
+    graphs, weights = nnx.split(predictor)
+
+    @jax.jit
+    def run(weights, key):
+        predictor = nnx.merge(graphs, weights)
+        together = Speculation(recipe, SoftmaxSampler(), *pair, jnp.zeros(V))
+        hidden = predictor.hidden(chunks[None])[0][:, -1]
+        parts = together.parts(key, hidden)
+        proposer = Proposer((), *[jnp.zeros(1, jnp.int32)] * 3, parts, jnp.zeros(3), jnp.int32(0))
+        numbers = jax.random.uniform(key, (K, 2))
+        draft = together.propose(proposer, text, jnp.int32(start), jnp.int32(known), jnp.int32(2), numbers)
+        latents = predictor.lm.head(hidden, predictor.draw_noise(key, (3, 1)).latent)
+        written = draft.text[start : start + K]
+        previous = text[start - predictor.reach : start]
+        return draft, written, predictor.token_log_probs(hidden, previous[None], latents, written[None])[:, 0]
+
+    for seed in range(4):
+        draft, written, log_probs = run(weights, jax.random.key(seed))
+        of_chunk = np.exp(log_probs).prod(1).mean() / np.exp(log_probs)[:, :known].prod(1).mean()
+        found = np.prod([draft.laws[place, written[known + place]] for place in range(K - known)])
+        np.testing.assert_allclose(found, of_chunk, rtol=1e-4)
+        np.testing.assert_allclose(draft.laws[: K - known].sum(-1), 1, rtol=1e-5)
+        assert known == 0 or written[0] == 5
 
 
 def test_a_target_whose_state_is_a_recurrence_is_rewound():
