@@ -225,7 +225,9 @@ def test_a_learned_temperature_learns_and_a_given_one_is_given(config):
     mixer = built(config)
     np.testing.assert_allclose(mixer.beta, (DIM // 2) ** -0.5, rtol=1e-6)
     graph, params = nnx.split(mixer)
-    slope = jax.jit(jax.grad(lambda params: (nnx.merge(graph, params)(HIDDEN, None, window())[0] ** 2).sum()))(params)
+    slope = jax.jit(jax.grad(lambda params: (nnx.merge(graph, params)(jnp.asarray(HIDDEN), None, window())[0] ** 2).sum()))(
+        params
+    )
     assert (slope.log_beta[...] != 0).all() and (slope.gate.kernel[...] != 0).any()
     fixed = built(dataclasses.replace(config, beta=2.0))
     assert fixed.log_beta is None and (fixed.beta == 2.0).all()
