@@ -129,7 +129,7 @@ def collapse_score(folder: Path, score: LanguageModelScore) -> dict[str, Any]:
     writing = score_writing(model, judge=judge, split=score.split, samples=texts, new_tokens=new_tokens)
     own, *_, real = writing.writings
     found: dict[str, Any] = {
-        "protocol": f"{opened.manifest.source['name']} {score.split}, {blocks.size} tokens, seed of the text 0",
+        "protocol": f"{opened.manifest.source['name']} {score.split}, {blocks.size} tokens; texts drawn with seed 0",
         "nats_per_token": float(nats.means[0]),
         "unigram_nats": float(base.means[0]),
         **collapse_measures(model.lm, blocks),

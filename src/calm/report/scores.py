@@ -41,8 +41,8 @@ def scored_to_lists(scored: ScoredText) -> dict[str, Any]:
 
 
 def scored_from_lists(values: dict[str, Any]) -> ScoredText:
-    arrays = {name: np.asarray(values[name], np.float64) for name in ("bytes", "words")}
-    return ScoredText(**{**values, **arrays})
+    bytes_, words = (np.asarray(values[name], np.float64) for name in ("bytes", "words"))
+    return ScoredText(level=values["level"], bytes=bytes_, words=words, unknown=values["unknown"])
 
 
 def _mean(sums: BlockSums | None) -> Interval | None:
