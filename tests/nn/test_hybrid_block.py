@@ -44,13 +44,14 @@ def test_blocks_steps_and_layers_taken_apart_equal_the_whole(name):
         parts.append(part)
     np.testing.assert_allclose(np.concatenate(parts, axis=1), expected, atol=1e-5)
 
-    state = begun(model, BATCH, LENGTH)
-    state = read(model, HIDDEN[:, :5], state)[1]
+    state = read(model, HIDDEN[:, :5], begun(model, BATCH, LENGTH, rewindable=True))[1]
     state = state._replace(layers=unstack(state.layers, CONFIGS[name].num_periods))
     apart = unrolled(model)
     for place in (5, 6):
         part, state = read(apart, HIDDEN[:, place : place + 1], state)
         np.testing.assert_allclose(part[:, 0], expected[:, place], atol=1e-5)
+    state = jax.jit(lambda model, state: model.rewind(state, 6))(apart, state)
+    np.testing.assert_allclose(read(apart, HIDDEN[:, 6:], state)[0][:, 0], expected[:, 6], atol=1e-5)
 
 
 @PATTERNS
@@ -119,7 +120,7 @@ def test_a_state_that_cannot_be_rewound_says_so():
         model.fork(begun(model, 1, 4), jnp.array([1]), 1, 1)
     forked = model.fork(begun(model, 1, 4, rewindable=True), jnp.array([1]), 1, 1)
     for again in (lambda: model.fork(forked, jnp.array([1]), 1, 1), lambda: model.rewind(forked, 1)):
-        with pytest.raises(UsageError, match="state of a sequence"):
+        with pytest.raises(UsageError, match="takes the state of a sequence"):
             again()
 
 

@@ -94,6 +94,10 @@ class LatentLM(nnx.Module):
         """Branches of a rewindable state, from behind its first `ends[a]` chunks each (`calm.nn.Backbone.fork`)."""
         return self.backbone.fork(state, ends, num_branches, capacity)
 
+    def rewind(self, state: BackboneState, position: int | Int[Array, ""]) -> BackboneState:
+        """A rewindable state as it was after `position` chunks."""
+        return self.backbone.rewind(state, position)
+
     def hidden(
         self, chunks: Int[Array, "B N K"], state: BackboneState | None = None, autoencoder: Autoencoder | None = None
     ) -> tuple[Float[Array, "B N D"], BackboneState | None]:

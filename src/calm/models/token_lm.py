@@ -141,6 +141,10 @@ class TokenLM(nnx.Module):
         """Branches of a rewindable state, from behind its first `ends[a]` tokens each (`calm.nn.Backbone.fork`)."""
         return self.backbone.fork(state, ends, num_branches, capacity)
 
+    def rewind(self, state: BackboneState, position: int | Int[Array, ""]) -> BackboneState:
+        """A rewindable state as it was after `position` tokens."""
+        return self.backbone.rewind(state, position)
+
     def hidden(self, chunks: Int[Array, "B N 1"], state: Any = None) -> tuple[Float[Array, "B N D"], Any]:
         """Position i has read tokens 0..i and predicts token i + 1. With a state, the tokens continue what it has read."""
         return self.backbone(self.stem(chunks[..., 0]), state)

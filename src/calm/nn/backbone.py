@@ -227,22 +227,18 @@ class Backbone(nnx.Module):
         the next position of every branch; `capacity` of them can be read. A branch computes what a copy of the state, rewound
         to its end, would compute step by step; attention keeps one trunk for all.
         """
-        self._check_sequence(state, "fork")
-        assert isinstance(state.window, Window)
+        if isinstance(state.window, Fork) or isinstance(self.blocks, Unrolled):
+            raise UsageError("fork: takes the state of a sequence, with layers stacked")
         layers = self.blocks.each(lambda layer, state: layer.fork(state, ends, num_branches, capacity), state.layers)
         window = Fork(jnp.repeat(ends, num_branches), jnp.zeros((), jnp.int32), state.window.starts)
         return BackboneState(window, layers)
 
     def rewind(self, state: BackboneState, position: int | Int[Array, ""]) -> BackboneState:
-        """The state as it was after `position` of the positions read."""
-        self._check_sequence(state, "rewind")
-        assert isinstance(state.window, Window)
+        """The state as it was after `position` of the positions read, with layers stacked or taken apart."""
+        if isinstance(state.window, Fork):
+            raise UsageError("rewind: takes the state of a sequence, not of its branches")
         layers = self.blocks.each(lambda layer, state: layer.rewind(state, position), state.layers)
         return BackboneState(state.window._replace(offset=jnp.asarray(position, jnp.int32)), layers)
-
-    def _check_sequence(self, state: BackboneState, what: str) -> None:
-        if isinstance(state.window, Fork) or isinstance(self.blocks, Unrolled):
-            raise UsageError(f"{what}: takes the state of a sequence, with layers stacked")
 
     def __call__(
         self,

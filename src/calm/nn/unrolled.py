@@ -24,6 +24,10 @@ class Unrolled(Stack):
         graphdef, weights = nnx.split(stack.layer)
         self.layers = nnx.List([nnx.merge(graphdef, weights_of_layer) for weights_of_layer in unstack(weights, stack.length)])
 
+    def each(self, function: Callable, *xs: Any) -> tuple[Any, ...]:
+        """`Stack.each` with a place per layer in `xs` and in what is returned."""
+        return tuple(function(*of_layer) for of_layer in zip(self.layers, *xs, strict=True))
+
     def beside(self, xs: Any, arrays: Any) -> Any:
         return tuple(zip(xs or (None,) * self.length, unstack(arrays, self.length), strict=True))
 
