@@ -16,7 +16,7 @@ PACKAGE = ROOT / "src" / "calm"
 LAYERS = (
     "errors", "shapes", "rng", "config", "posterior", "worlds", "text", "nn", "losses", "metrics", "report", "autoencoder",
     "heads", "models", "sampling", "train", "interp", "ttt", "interop",
-    "starting_point", "stages", "token_stage", "bundle", "examine", "writing", "alignment",
+    "starting_point", "stages", "token_stage", "bundle", "examine", "writing", "alignment", "dual",
     "presets", "pipeline", "experiments", "cli",
 )
 # fmt: on

@@ -148,7 +148,7 @@ class Bundle:
             special=self.tokenizer,
             max_tokens=max_tokens,
             sampler=self._sampler(temperature, sampler, candidates, max_draws, no_repeat, filters),
-            banned=[self._banned(each) for each in ban],
+            banned=[self.banned_id(each) for each in ban],
             decoding=decoding or self.predictor.decoding,
             context=self.block_tokens // self.chunk_size,
         )
@@ -279,7 +279,7 @@ class Bundle:
             temperature, candidates, kind=kind or "batch", max_draws=max_draws, no_repeat=no_repeat, **filters
         )
 
-    def _banned(self, token: str | int) -> int:
+    def banned_id(self, token: str | int) -> int:
         """The id of a token given by its id or by its text."""
         if isinstance(token, int):
             return token

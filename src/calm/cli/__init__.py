@@ -42,6 +42,8 @@ VERBS = {
     "train critic": Verb("critic", "TrainCritic", "a critic of latents for calm align, from labelled text or from words"),
     "evaluate": Verb("evaluate", "Evaluate", "score a run: reconstruction, BrierLM with intervals"),
     "generate": Verb("generate", "Generate", "continue prompts, streaming chunk by chunk"),
+    "dual generate": Verb("dual", "DualGenerate", "let CALM draft what a token model writes; nothing is lost"),
+    "dual measure": Verb("dual", "DualMeasure", "drafting beside the token model alone: tokens a pass, a second, FLOPs"),
     "frontier": Verb("frontier", "Frontier", "accuracy against collision over temperatures and numbers of candidates"),
     "import official": Verb("import_model", "ImportOfficial", "read a published PyTorch checkpoint into a folder of ours"),
     "inspect autoencoder": Verb("inspect", "InspectAutoencoder", "look at latents: noise, KL, spread, smoothness"),

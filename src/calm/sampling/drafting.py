@@ -73,6 +73,11 @@ class Work:
         return {**dataclasses.asdict(self), "tokens_per_pass": self.tokens_per_pass, "acceptance": self.acceptance}
 
 
+def sum_of(works: Sequence[Work]) -> Work:
+    """What was done in all."""
+    return Work(**{field.name: sum(getattr(work, field.name) for work in works) for field in dataclasses.fields(Work)})
+
+
 def draft(
     target: Predictor,
     proposer: Predictor,
