@@ -69,8 +69,7 @@ class CausalConv(nnx.Module):
 
     def over(self, seen: Float[Array, "B P I"]) -> Float[Array, "B N I"]:
         """The outputs at all positions of `seen` that have W - 1 before them."""
-        length = seen.shape[1] - self.reach
-        return sum((tap * seen[:, k : k + length] for k, tap in enumerate(self.kernel[...])), self.bias[...])
+        return shifted_products(seen, self.kernel[...]) + self.bias[...]
 
     def fork(self, state: Tail | Trail, ends: Int[Array, "A"], num_branches: int) -> Tail:
         """The tails behind the first `ends[a]` positions, once for each branch."""
@@ -86,6 +85,40 @@ class CausalConv(nnx.Module):
     def flops(width: int, kernel: int) -> int:
         """Forward FLOPs of one position."""
         return 2 * kernel * width
+
+
+FOLDS = 16
+
+
+@jax.custom_vjp
+def shifted_products(seen: Float[Array, "B P I"], kernel: Float[Array, "W I"]) -> Float[Array, "B N I"]:
+    """y_t = sum_k kernel_k * seen_{t+k}, N = P - W + 1: `jax.lax.conv_general_dilated` with a group for each channel."""
+    length = seen.shape[1] - kernel.shape[0] + 1
+    return sum(tap * seen[:, k : k + length] for k, tap in enumerate(kernel))
+
+
+def _shifted_forward(seen: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
+    return shifted_products(seen, kernel), (seen, kernel)
+
+
+def _shifted_backward(residuals: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
+    """The gradient of what was seen is one convolution more. That of a tap is a sum over all positions: a CPU walks such a sum
+    across memory, so the positions are first folded upon each other, which it does along memory.
+    """
+    (seen, kernel), (batch, length, width), reach = residuals, dy.shape, residuals[1].shape[0] - 1
+    dseen = shifted_products(jnp.pad(dy, ((0, 0), (reach, reach), (0, 0))), kernel[::-1])
+    missing = -length % FOLDS
+    dy, seen = (jnp.pad(z, ((0, 0), (0, missing), (0, 0))) for z in (dy, seen))
+    fold = (length + missing) // FOLDS
+
+    def tap(k: int) -> Array:
+        parts = (dy[:, at : at + fold] * seen[:, at + k : at + k + fold] for at in range(0, fold * FOLDS, fold))
+        return sum(parts, jnp.zeros((batch, fold, width), dy.dtype)).sum((0, 1))
+
+    return dseen, jnp.stack([tap(k) for k in range(reach + 1)])
+
+
+shifted_products.defvjp(_shifted_forward, _shifted_backward)
 
 
 def as_trail(state: Tail | Trail) -> Trail:
@@ -113,7 +146,7 @@ class ConvSSMConfig:
     def __post_init__(self) -> None:
         if self.kernel < 2 or self.expand < 1:
             raise UsageError(
-                f"convolution mixer: kernel must be at least 2 and expand at least 1, got kernel={self.kernel}, expand={self.expand}"
+                f"conv: kernel must be at least 2 and expand at least 1, got kernel={self.kernel}, expand={self.expand}"
             )
 
     def build(self, dim: int, *, rngs: nnx.Rngs, precision: Precision = "float32") -> "ConvSSM":

@@ -85,7 +85,8 @@ class GRU(nnx.Module):
         inputs, here = self.into(hidden), present(window, length)
         if isinstance(window, Fork):
             assert isinstance(state, GRUState)
-            inputs, here, first = inputs.reshape(1, batch * length, -1), here.reshape(1, -1, 1), state.memory.reshape(-1, self.width)
+            inputs, here = inputs.reshape(1, batch * length, -1), here.reshape(1, -1, 1)
+            first = state.memory.reshape(-1, self.width)
         else:
             inputs, here = inputs.swapaxes(0, 1), here.swapaxes(0, 1)
             if isinstance(state, GRUTrail):
@@ -126,8 +127,9 @@ def gru_scan(
     bias: Float[Array, "I"],
     precision: Precision,
 ) -> Float[Array, "N B I"]:
-    """The memories behind every position, from `first`; `inputs` and the columns of `kernel` are those of u, r and n. Positions that
-    are not `here` leave the memory as it is.
+    """The memories behind every position, from `first`; `inputs` and the columns of `kernel` are those of u, r and n.
+
+    Positions that are not `here` leave the memory as it is.
     """
 
     def step(memory: Array, now: tuple[Array, Array]) -> tuple[Array, Array]:

@@ -1,14 +1,13 @@
 """Linear recurrences h_t = a_t h_{t-1} + b_t over a sequence, without a loop of the host over time.
 
-`linear_scan` is the recurrence itself, element by element. `selective_scan` is the one of a state-space model, whose states are
-products of two vectors and far larger than its inputs: it never forms them. With one decay for all channels of a head, the outputs
-of a short chunk are a masked product of its own inputs, and only the states between chunks are carried on (state-space duality:
-Dao & Gu 2024, arXiv:2405.21060, section 6). On a CPU that is several times faster than carrying the state from position to
-position, and nearly all of it is matrix products (docs/log.md).
+`linear_scan` is the recurrence itself, element by element. `selective_scan` is the one of a state-space model, whose states
+are products of two vectors and far larger than its inputs: it never forms them. With one decay for all channels of a head, the
+outputs of a short chunk are a masked product of its own inputs, and only the states between chunks are carried on (state-space
+duality: Dao & Gu 2024, arXiv:2405.21060, section 6). On a CPU that is several times faster than carrying the state from
+position to position (docs/log.md).
 """
 
 from functools import partial
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +15,7 @@ from jaxtyping import Array, Float, Int
 
 from calm.errors import UsageError
 
-ScanMethod = Literal["sequential", "associative"]
-METHODS: tuple[ScanMethod, ...] = ("sequential", "associative")
+METHODS = ("sequential", "associative")
 CHUNK = 32  # positions; measured between 16 and 128 (docs/log.md)
 
 _dot = partial(jnp.einsum, preferred_element_type=jnp.float32, precision=jax.lax.Precision.HIGHEST)
@@ -28,7 +26,7 @@ def linear_scan(
     inputs: Float[Array, "N ..."],
     initial: Float[Array, "..."] | None = None,
     *,
-    method: ScanMethod | None = None,
+    method: str | None = None,
 ) -> Float[Array, "N ..."]:
     """h_t = decay_t * h_{t-1} + inputs_t for every t of the leading axis, from h = `initial` (zero without one).
 
@@ -101,17 +99,18 @@ def _scan_backward(residuals: tuple[Array, ...], gradients: tuple[Array, Array])
     """The same scan from the end, with queries and keys exchanged.
 
     The gradient of the log decays needs no product of its own. y_i holds exp(s_i - s_j) x_j, s being their running sum: so s_i
-    gets dy_i . y_i - dx_i . x_i, and log_decay_t the sum of these from t on (Yang et al. 2023, arXiv:2312.06635). We sum to the end
-    of the chunk only: all that follows it amounts to the product of the state there with its gradient.
+    gets dy_i . y_i - dx_i . x_i, and log_decay_t the sum of these from t on (Yang et al. 2023, arXiv:2312.06635). We sum to the
+    end of the chunk only: all that follows it amounts to the product of the state there with its gradient.
     """
     (x, total, b, c, states, y), (dy, dlast) = residuals, gradients
     between, since = _decay_between(total), jnp.exp(total)[..., None]
     kept = jnp.exp(total[:, :, -1:] - total)[..., None]
     read = _flat(dy * since)
-    direct = _dot("bnix,bnie->bnxe", c, read).reshape(states[:, 1:].shape)  # what the outputs of a chunk ask of the state before it
+    # What the outputs of a chunk ask of the state before it; carried on, the gradients of the states before every chunk.
+    direct = _dot("bnix,bnie->bnxe", c, read).reshape(states[:, 1:].shape)
     decay = _chunk_decay(total)[::-1]
-    carried = linear_scan(decay, direct.swapaxes(0, 1)[::-1], dlast)[::-1]  # gradients of the states before every chunk
-    dstates = jnp.concatenate([carried[1:], dlast[None]]).swapaxes(0, 1)  # and of those behind it
+    carried = linear_scan(decay, direct.swapaxes(0, 1)[::-1], dlast)[::-1]
+    dstates = jnp.concatenate([carried[1:], dlast[None]]).swapaxes(0, 1)
 
     dy_by_head = _by_head(dy)
     inside = between.swapaxes(3, 4) * _dot("bnjx,bnix->bnji", b, c)[:, :, None]
@@ -136,7 +135,7 @@ def plain_selective_scan(
     c: Float[Array, "B N X"],
     initial: Float[Array, "B X H C"] | None = None,
     *,
-    method: ScanMethod | None = None,
+    method: str | None = None,
 ) -> tuple[Float[Array, "B N H C"], Float[Array, "B X H C"]]:
     """`selective_scan` with a state for every position: the reference, N times its memory."""
     decay = jnp.exp(log_decay).swapaxes(0, 1)[:, :, None, :, None]
@@ -161,7 +160,8 @@ def states_after(
     base = states[:, whole]
     last = jnp.minimum(whole, x.shape[1] - 1)
     x, total, b = x[:, last], total[:, last], b[:, last]  # [B A Q ...]: the chunk in which each end lies
-    upto = jnp.where(rest[:, None] > 0, jnp.take_along_axis(total, (jnp.maximum(rest, 1) - 1)[None, :, None, None], 2)[:, :, 0], 0.0)
+    behind = jnp.take_along_axis(total, (rest - 1)[None, :, None, None], axis=2, mode="clip")[:, :, 0]
+    upto = jnp.where(rest[:, None] > 0, behind, 0.0)  # [B A H]: the log decay from the beginning of the chunk to the end
     inside = (jnp.arange(size) < rest[:, None])[..., None]
     weights = jnp.exp(jnp.where(inside, upto[:, :, None] - total, -jnp.inf))
     read = _dot("baqx,baqe->baxe", b, _flat(x * weights[..., None]))

@@ -1,9 +1,10 @@
 """A selective state-space model as a mixer: a memory of fixed size that decides, position by position, what to keep and write.
 
-After "Hybrid Hopfield-SSM Language Model" (J. Adam 2025: depthwise causal convolution, then a selective scan with a diagonal A held
-stable by a log parametrisation and gates g_in and g_forget that depend on the input) and Mamba (Gu & Dao 2023, arXiv:2312.00752).
-The diagonal of A is one number for all channels of a head, as in Mamba-2 (Dao & Gu 2024, arXiv:2405.21060), so that whole chunks are
-matrix products (`calm.nn.scans`). Mamba ties writing to forgetting by one step size; here each has its gate.
+After "Hybrid Hopfield-SSM Language Model" (J. Adam 2025: depthwise causal convolution, then a selective scan with a diagonal A
+held stable by a log parametrisation and gates g_in and g_forget that depend on the input) and Mamba (Gu & Dao 2023,
+arXiv:2312.00752). The diagonal of A is one number for all channels of a head, as in Mamba-2 (Dao & Gu 2024, arXiv:2405.21060),
+so that whole chunks are matrix products (`calm.nn.scans`). Mamba ties writing to forgetting by one step size; here each has its
+gate.
 """
 
 import dataclasses
@@ -44,7 +45,7 @@ class SSMState(NamedTuple):
 
 
 class BranchInputs(NamedTuple):
-    """What each of R branches has read of its own, preallocated to Y positions: gated inputs, b, and the log decay since its end."""
+    """What each of R branches has read of its own, preallocated to Y positions: gated inputs, b, log decay since its end."""
 
     conv: Tail
     x: Float[Array, "B R Y H C"]
@@ -107,9 +108,9 @@ class SelectiveSSM(nnx.Module):
         g_in, g_forget = sigmoid(linear map of the input + bias)       one each per head
         x, b, c = SiLU(conv(linear maps of the input)), b and c normed
 
-    So |h| stays below the largest input over 1 - exp(-MIN_DECAY). The norms of b and c, as in Jamba (Lieber et al. 2024,
-    arXiv:2403.19887), make h linear in the scale of x. At initialisation the heads remember from SPANS[0] to SPANS[1] positions, and
-    g_in = sqrt(1 - a^2), which gives each head's memory the same variance.
+    So |h| stays below the largest |b x| over 1 - exp(-MIN_DECAY). The norms of b and c, as in Jamba (Lieber et al. 2024,
+    arXiv:2403.19887), make h linear in the scale of x. At initialisation the heads remember from SPANS[0] to SPANS[1]
+    positions, and g_in = sqrt(1 - a^2), which gives each head's memory the same variance.
     """
 
     def __init__(self, dim: int, config: SSMConfig, *, rngs: nnx.Rngs, precision: Precision = "float32"):
@@ -206,8 +207,8 @@ def _branch_scan(
     """Each branch reads the memory behind its end, decayed since, and, as in a chunk of `selective_scan`, its own positions."""
     trunk, own = state
     at = jax.lax.dynamic_update_slice_in_dim
-    since = jax.lax.dynamic_index_in_dim(own.log_decay, jnp.maximum(fork.depth - 1, 0), axis=2, keepdims=False) * (fork.depth > 0)
-    since += log_decay  # [B R H]: the log decay from the end of the trunk to behind this position
+    before = jax.lax.dynamic_index_in_dim(own.log_decay, jnp.maximum(fork.depth - 1, 0), axis=2, keepdims=False)
+    since = jnp.where(fork.depth > 0, before, 0.0) + log_decay  # [B R H]: from the end of the trunk to behind this position
     own = BranchInputs(
         conv,
         at(own.x, written[:, :, None], fork.depth, axis=2),
