@@ -25,7 +25,7 @@ KINDS = {
     "scalar": GatedEnergyHeadConfig(gate="scalar"),
     "dimension": GatedEnergyHeadConfig(gate="dimension"),
     "dynamic": GatedEnergyHeadConfig(gate="dynamic"),
-    "noise": GatedEnergyHeadConfig(gate="dynamic", noise_dim=6),
+    "noise": GatedEnergyHeadConfig(gate="dynamic", noise_dim=6, noise_std=1.5),
 }
 every_kind = pytest.mark.parametrize("kind", KINDS)
 
@@ -36,7 +36,7 @@ def head(kind: str, precision: str = "float32") -> GatedEnergyHead:
 
 @every_kind
 def test_a_sample_is_what_the_gate_mixes_and_depends_on_its_noise_and_position_only(kind):
-    model = head(kind)
+    model, std = head(kind), KINDS[kind].noise_std
     run = jax.jit(lambda hidden, noise: (model(hidden, noise), model.gates(hidden)))
     noise = np.array(jax.jit(lambda: model.draw_noise(jax.random.key(0), (SAMPLES, 2, 4)))())
     assert noise.shape == (SAMPLES, 2, 4, model.noise_dim)
@@ -45,8 +45,8 @@ def test_a_sample_is_what_the_gate_mixes_and_depends_on_its_noise_and_position_o
     # z = g delta + (1 - g) noise: noise enters by 1 - g, and what is left does not depend on it
     moved, by = noise.copy(), normal(SAMPLES, 2, 4, LATENT, seed=3)
     moved[..., :LATENT] += by
-    np.testing.assert_allclose(run(HIDDEN, moved)[0] - before, (1 - gates) * by, atol=1e-5)
-    delta = (before - (1 - gates) * noise[..., :LATENT]) / gates
+    np.testing.assert_allclose(run(HIDDEN, moved)[0] - before, (1 - gates) * std * by, atol=1e-5)
+    delta = (before - (1 - gates) * std * noise[..., :LATENT]) / gates
     assert (np.ptp(delta, axis=0).max() < 1e-4) == (kind != "noise")
     hidden = HIDDEN.copy()
     hidden[0, 1] += 1.0
@@ -77,7 +77,7 @@ def test_noise_is_normal_and_uniform_and_a_new_gate_is_nearly_open():
     )(jax.random.key(0))
     latent, uniform = np.asarray(model.latent_noise(noise)), np.asarray(noise[..., LATENT:])
     assert latent.shape[-1] == LATENT and uniform.shape[-1] == 6
-    np.testing.assert_allclose([latent.mean(), latent.std()], [0, 1], atol=0.02)
+    np.testing.assert_allclose([latent.mean(), latent.std()], [0, 1.5], atol=0.02)
     assert np.abs(uniform).max() <= 0.5 and uniform.std() == pytest.approx(12**-0.5, rel=0.02)
     np.testing.assert_allclose(gates, 1 / (1 + np.exp(-4)), rtol=1e-6)
     # delta starts at 0: what comes out is the noise, times 1 - .982
@@ -127,13 +127,13 @@ def trained_gates(config: GatedEnergyHeadConfig, hidden, mean, std, steps: int =
 ROWS, WIDTH = 64, 12
 
 
-@pytest.mark.parametrize("std", [0.15, 0.65])
-def test_the_energy_score_sets_one_minus_the_gate_to_the_spread_of_the_truth(std):
+@pytest.mark.parametrize(("std", "noise_std"), [(0.15, 1.0), (0.65, 1.0), (1.4, 2.0)])
+def test_the_energy_score_sets_one_minus_the_gate_to_the_spread_of_the_truth(std, noise_std):
     """The plain explanation of a gate that "falls from 1.0 to about .35 by itself": the next latent has a spread of .65."""
     mean = jnp.broadcast_to(jnp.asarray(normal(WIDTH)), (ROWS, WIDTH))
-    config = GatedEnergyHeadConfig(num_blocks=1, gate="scalar")
+    config = GatedEnergyHeadConfig(num_blocks=1, gate="scalar", noise_std=noise_std)
     gates, centre = trained_gates(config, jnp.ones((ROWS, DIM)), mean, jnp.full_like(mean, std))
-    np.testing.assert_allclose(1 - gates, std, atol=0.02)
+    np.testing.assert_allclose((1 - gates) * noise_std, std, atol=0.02 * noise_std)
     np.testing.assert_allclose(centre, mean, atol=0.1)
 
 
@@ -168,6 +168,8 @@ def test_gate_measures_are_the_mean_and_the_shares_and_other_heads_have_none():
     [
         ({"num_blocks": 0}, "num_blocks must be at least 1"),
         ({"noise_dim": -1}, "noise_dim at least 0"),
+        ({"noise_std": 0.0}, "noise_std must be above 0 and finite, got 0.0"),
+        ({"noise_std": float("inf")}, "noise_std must be above 0"),
         ({"gate_logit": 11.0}, "gate_logit must lie in -10 .. 10, got 11.0"),
         ({"gate_logit": float("nan")}, "gate_logit must lie in -10 .. 10"),
     ],

@@ -8,6 +8,8 @@ import pytest
 import tiny
 from calm.errors import UsageError
 from calm.report.losses import LossCourse
+from calm.train.run_folder import RunFolder
+from calm.train.tracker import RunTrackers
 
 SETTINGS = """
 [model]
@@ -98,3 +100,28 @@ def test_a_run_with_gate_and_direction_goes_through_the_commands(tiny_runs, tmp_
     assert texts[0] == texts[1]
     code, _, err = tiny.calm("inspect", "losses", str(out), "--out", "course.txt")
     assert code == 2 and "--out course.txt: name a file that ends in .npz" in err
+
+
+def test_curves_stay_in_the_file_and_trackers_get_numbers(tmp_path):
+    """Services that keep numbers would fail on a list, and be left out of the rest of the run."""
+    seen = []
+
+    class Numbers:
+        def start(self, config, run_dir):
+            pass
+
+        def log(self, metrics, step):
+            seen.append((step, {name: float(value) for name, value in metrics.items()}))
+
+        def artifact(self, path):
+            pass
+
+        def finish(self):
+            pass
+
+    trackers = RunTrackers(RunFolder(tmp_path), [Numbers()])
+    trackers.start({})
+    trackers.log({"valid/fidelity": 1.5, "valid/fidelity_at": [1.0, 2.0]}, 7)
+    assert seen == [(7, {"valid/fidelity": 1.5})]
+    (kept,) = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert kept == {"step": 7, "valid/fidelity": 1.5, "valid/fidelity_at": [1.0, 2.0]}

@@ -32,15 +32,20 @@ class GatedEnergyHeadConfig:
     each dimension"""
     gate_logit: float = 4.0
     """the gate starts at the sigmoid of this everywhere: .982"""
+    noise_std: float = 1.0
+    """standard deviation of the noise: the widest law in reach, so it must exceed the latents' own spread (`calm inspect
+    autoencoder`: aggregate std). Below it the gate closes, and nothing is predicted any more"""
     noise_dim: int = 0
     """width of a second noise, uniform in [-1/2, 1/2], that the prediction reads; 0 = it reads the hidden state alone, and the
-    law of a latent is a Gaussian whose standard deviation is 1 - gate"""
+    law of a latent is a Gaussian whose standard deviation is (1 - gate) noise_std"""
     init_std: float | None = None
     """standard deviation of the kernels; none = 1 / sqrt(fan-in)"""
 
     def __post_init__(self) -> None:
         if self.num_blocks < 1 or self.noise_dim < 0:
             raise UsageError("head: num_blocks must be at least 1, and noise_dim at least 0")
+        if not 0 < self.noise_std < float("inf"):
+            raise UsageError(f"head: noise_std must be above 0 and finite, got {self.noise_std}")
         if not abs(self.gate_logit) <= 10:  # beyond, the sigmoid's slope is below 5e-5: the gate would stay where it is
             raise UsageError(f"head: gate_logit must lie in -10 .. 10, got {self.gate_logit}")
 
@@ -75,12 +80,12 @@ class Gate(nnx.Module):
 
 
 class GatedEnergyHead(nnx.Module):
-    """hidden, noise -> latent = g * delta + (1 - g) * noise, with noise of N(0, I) (J. Adam 2025, "Hybrid CALM-on-Z").
+    """hidden, noise -> latent = g * delta + (1 - g) * noise, noise of N(0, noise_std^2 I) (J. Adam 2025, "Hybrid CALM-on-Z").
 
     Trained by the energy loss, which sees only samples, so the gate finds its own value: where delta reads the hidden state
-    alone, a latent is drawn from N(g delta, (1 - g)^2 I), and the score, being strictly proper, is least where 1 - g is the
-    standard deviation of the truth (docs/calm-on-z.md). A gate near 1 says that the next latent is known, one near 0 that it is
-    not. Standard deviations above 1 are out of its reach: latents of an autoencoder with a KL term are near N(0, I) overall.
+    alone and noise_std is 1, a latent is drawn from N(g delta, (1 - g)^2 I), and the score, being strictly proper, is least
+    where 1 - g is the standard deviation of the truth (docs/calm-on-z.md). A gate near 1 says that the next latent is known,
+    one near 0 that it is not: or that the noise is too narrow, for g cannot be negative.
 
     The description leaves open what delta reads. Here, by default, the hidden state, since "g near 1 is deterministic" would
     not hold otherwise; the price is a law with one mode. With `noise_dim` it reads a noise of its own and any law is in reach.
@@ -118,7 +123,7 @@ class GatedEnergyHead(nnx.Module):
 
     def latent_noise(self, noise: Float[Array, "*b E"]) -> Float[Array, "*b Z"]:
         """The part of the noise that the gate mixes in: where a sample would lie at g = 0."""
-        return noise[..., : self.latent_dim]
+        return self.config.noise_std * noise[..., : self.latent_dim]
 
     def __call__(self, hidden: Float[Array, "*b D"], noise: Float[Array, "S *b E"]) -> Float[Array, "S *b Z"]:
         """One latent for each noise vector."""

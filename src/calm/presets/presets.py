@@ -323,7 +323,7 @@ _PRESETS = {
             "calm-on-z",
             "a model on latents: convolution and Hopfield memory, gated energy head, direction term",
             num_tokens=256,
-            head=GatedEnergyHeadConfig(gate="dimension"),
+            head=GatedEnergyHeadConfig(gate="dimension", noise_std=2.0),
             loss=loss_of_kind("calm_rf", 0.1),
         ),
         _on_z(
@@ -331,7 +331,7 @@ _PRESETS = {
             "calm-seal",
             "calm-on-z with 128 latents, a heavy direction term and a gate that the hidden state sets",
             num_tokens=512,
-            head=GatedEnergyHeadConfig(gate="dynamic"),
+            head=GatedEnergyHeadConfig(gate="dynamic", noise_std=2.0),
             loss=loss_of_kind("calm_rf", 2.0),
         ),
         _on_z(
@@ -339,7 +339,7 @@ _PRESETS = {
             "z-tiny",
             "calm-on-z for two cores, with the auxiliary cross-entropy",
             num_tokens=256,
-            head=GatedEnergyHeadConfig(num_blocks=1),
+            head=GatedEnergyHeadConfig(num_blocks=1, noise_std=2.0),
             loss=loss_of_kind("calm_rf", 0.1, auxiliary_weight=1.0),
         ),
         _published("calm-m", 1024, 2752),
