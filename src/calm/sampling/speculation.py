@@ -308,10 +308,9 @@ class Speculation:
         before_end = jnp.where(ends.any(), jnp.argmax(ends), kept + 1).astype(jnp.int32)
         place = jnp.minimum(known + kept, size - 1)
         counts = Counts(passes=jnp.int32(1), proposed=proposed, accepted=kept, chunks=chunks, plans=plans, places=draft.places)
-        window: Any = row.target.window
+        assert target is not None and isinstance(row.target.window, Window)
         return Row(
-            # rewound to the last token but one: what lies behind a window's offset is not seen (`Mixer.rewind`)
-            target=target._replace(window=window._replace(offset=window.offset + kept + 1)),
+            target=self.target.backbone.rewind(target, row.target.window.offset + kept + 1),  # all but the last token
             proposer=proposer._replace(log_weights=draft.history[place], place=place),
             text=text,
             written=row.written + kept + 1,
