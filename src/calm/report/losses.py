@@ -112,7 +112,8 @@ class LossCourse:
             elif name == "fidelity_per_step":
                 for place, colour in dict.fromkeys([(0, COLOURS[5]), (len(self.arrays[name]) - 1, COLOURS[0])]):
                     step = self.arrays["valid_step"][place]
-                    axes.plot(self.arrays[name][place], color=colour, linewidth=1.2, label=f"step {step}")
+                    values = self.arrays[name][place]
+                    axes.plot(np.arange(1, len(values) + 1), values, color=colour, linewidth=1.2, label=f"step {step}")
                 axes.legend(fontsize=7, frameon=False)
                 _tidy(axes, "fidelity by position, held out", "chunks read before", "")
             else:
