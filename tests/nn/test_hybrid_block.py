@@ -54,7 +54,7 @@ def test_blocks_steps_and_layers_taken_apart_equal_the_whole(name):
     np.testing.assert_allclose(read(apart, HIDDEN[:, 6:], state)[0][:, 0], expected[:, 6], atol=1e-5)
 
 
-@PATTERNS
+@pytest.mark.parametrize("name", ["by turns", pytest.param("reasoner", marks=pytest.mark.slow)])
 def test_gradients_through_blocks_equal_those_of_the_whole(name):
     model = built(CONFIGS[name])
     graphdef, weights = nnx.split(model)
