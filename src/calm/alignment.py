@@ -115,7 +115,9 @@ def align(
         ways[1] = _rolled_back(ways[0], ways[1], rolled_back)
         rewired = _undone(rewired, rolled_back)
     if controls:
-        ways += [writer.control(name, rewired, aligned, steer) for name in CONTROLS]
+        for name in CONTROLS:
+            written, paid = writer.control(name, rewired, aligned, steer)
+            ways.append(writer.way(f"best of {flops.texts}" if name == "best of S" else name, written, paid))
     return AlignmentReport(
         prompts=tuple(prompts),
         critic=wanted,
@@ -183,20 +185,19 @@ class Writer:
         options: dict[str, Any] = dict(num_chunks=self.num_chunks, num_texts=num_texts, shifts=shifts)
         return self.seal.act(self.critic, self.prompts, own, changes, **options)
 
-    def control(self, name: str, rewired: Rewired, aligned: Acted, steer: float | None = None) -> Way:
-        """One of `CONTROLS`."""
+    def control(self, name: str, rewired: Rewired, aligned: Acted, steer: float | None = None) -> tuple[Acted, float]:
+        """One of `CONTROLS`: its texts, and what one of them cost."""
         if name == "shuffled reward":
             shuffled = ShuffledCritic.of(self.critic, stream(self.key, "shuffled"), aligned.latents.shape[-1])
-            return self.way(name, self.act(self.rewire(shuffled).changes), self.cost.total)
+            return self.act(self.rewire(shuffled).changes), self.cost.total
         if name == "random direction":
             keys = row_keys(stream(self.key, "random direction"), len(self.prompts.starts))
-            return self.way(name, self.act(random_changes(keys, rewired.changes)), self.cost.total)
+            return self.act(random_changes(keys, rewired.changes)), self.cost.total
         if name == "best of S":
-            count = self.cost.texts
-            return self.way(f"best of {count}", self.act(num_texts=count).best(), count * self.cost.text)
+            return self.act(num_texts=self.cost.texts).best(), self.cost.texts * self.cost.text
         length = moved(self.standard.latents, aligned.latents) if steer is None else np.full(len(aligned.latents), steer)
         toward = directions(self.critic, self.standard.latents)
-        return self.way(name, self.act(shifts=length[:, None] * toward), self.cost.text)
+        return self.act(shifts=length[:, None] * toward), self.cost.text
 
     def way(self, name: str, acted: Acted, flops: float) -> Way:
         """The first text of each prompt, and its numbers."""

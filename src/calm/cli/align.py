@@ -37,8 +37,8 @@ class Align:
     inner_steps: int = 3
     """Gradient steps."""
     rate: float = 1e-2
-    """Their size."""
-    optimizer: Literal["sgd", "adam"] = "sgd"
+    """Their size; with the optimizer `relative`, in lengths of the weights that change."""
+    optimizer: Literal["relative", "sgd", "adam"] = "relative"
     weights: Literal["head", "all"] = "head"
     """Which weights change: the head's, or those of stem, backbone and head."""
     rank: int = 0

@@ -13,7 +13,8 @@ class Experiment:
 
     Studies: chunk-sizes (a token model and CALM at K = 1, 2, 4, at equal compute), recipes (what makes CALM learn at small
     scale), stems (tokens, latents or both as input), memory (which mixer remembers what), regularisers (what keeps a
-    token model from collapsing). An option that a study has no use for is refused.
+    token model from collapsing), align (weight updates for a prompt against the same FLOPs spent otherwise). An option that a
+    study has no use for is refused.
     """
 
     name: Annotated[str, tyro.conf.Positional]
@@ -42,6 +43,10 @@ class Experiment:
     """Run of an independent token model that reads what the cells write."""
     texts: int = 0
     """Let every cell write so many continuations, and score them."""
+    model: str | None = None
+    """Run of a latent language model, for studies of what can be done with one."""
+    concept: tuple[str, ...] = ()
+    """Concepts to align to, each words with commas between them; without it, the study's own."""
     speed_tokens: int = 0
     """Measure generation over so many tokens; 0 = not. Wants a quiet machine."""
 
@@ -73,6 +78,8 @@ class Experiment:
             axes=parse_axes(self.grid),
             only=self.only,
             score=score,
+            model=self.model,
+            concepts=self.concept,
         )
         return study.run(request)
 

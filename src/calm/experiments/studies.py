@@ -10,8 +10,12 @@ import dataclasses
 from calm import presets
 from calm.config import suggestion
 from calm.errors import UsageError
+from calm.experiments.alignment import AlignmentStudy
+from calm.experiments.hybrids import HybridStudy
 from calm.experiments.loss_kinds import LossKindStudy
 from calm.experiments.memory import MemoryStudy
+from calm.experiments.path_ablation import AblationStudy
+from calm.experiments.probes import ProbeStudy
 from calm.experiments.regularisers import RegulariserStudy
 from calm.experiments.runner import Cell
 from calm.experiments.study import LanguageModelStudy, Place, Study
@@ -137,6 +141,10 @@ STUDIES: dict[str, Study] = {
     "recipes": LanguageModelStudy(summary="what makes CALM learn at small scale, at K = 4", chunk_sizes=(4,), cells=_recipes),
     "stems": LanguageModelStudy(summary="what the backbone reads: tokens, latents or both", chunk_sizes=(4,), cells=_stems),
     "memory": MemoryStudy(),
+    "align": AlignmentStudy(),
     "losses": LossKindStudy(),
     "regularisers": RegulariserStudy(),
+    "hybrids": HybridStudy(recipe=written_run),
+    "ablation": AblationStudy(),
+    "probes": ProbeStudy(),
 }

@@ -46,6 +46,10 @@ class Request:
     """names of the cells to run, or patterns such as `recall-*`; empty = all"""
     score: LanguageModelScore = LanguageModelScore()
     """what is measured on a language model"""
+    model: str | None = None
+    """run of a trained model, for studies of what can be done with one"""
+    concepts: Sequence[str] = ()
+    """what to align it to; empty = the study's own"""
     say: Callable[[str], None] = print
 
     def __post_init__(self) -> None:

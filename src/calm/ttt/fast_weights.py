@@ -98,6 +98,17 @@ def norm(change: Change) -> Float[Array, ""]:
     return jnp.where(positive, jnp.sqrt(jnp.where(positive, squares, 1.0)), 0.0)
 
 
+def length_of_step(change: Change, step: Change) -> Float[Array, ""]:
+    """How far the weights go, to first order, when `step` is added to `change`."""
+
+    def first_order(change: Any, step: Any) -> Any:
+        if not isinstance(change, Factors):
+            return step
+        return whole(Factors(step.left, change.right)) + whole(Factors(change.left, step.right))
+
+    return norm({name: first_order(change[name], step[name]) for name in change})
+
+
 def size_of(params: Any, change: Change) -> Float[Array, ""]:
     """The length of the weights that the change is about: what its own length is measured in."""
     leaves = named_leaves(params)

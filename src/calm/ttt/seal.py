@@ -40,7 +40,7 @@ from calm.ttt.critic import as_pytree
 from calm.ttt.fast_weights import Change, FastWeightsConfig
 from calm.ttt.rollout import Feedback, begin, default_feedback, draw_noise, futures, lay_out, require_steerable
 
-Optimizer = Literal["sgd", "adam"]
+Optimizer = Literal["relative", "sgd", "adam"]
 FLUENCY_SAMPLES = 8
 
 
@@ -55,8 +55,10 @@ class SealConfig:
     inner_steps: int = 3
     """gradient steps"""
     rate: float = 1e-2
-    """their size"""
-    optimizer: Optimizer = "sgd"
+    """their size, in the unit of the optimizer"""
+    optimizer: Optimizer = "relative"
+    """relative: down the gradient, by `rate` times the length of the weights that change, whatever the gradient's own length,
+    so that one rate suits critics of any steepness; sgd: rate times gradient; adam"""
     fast: FastWeightsConfig = FastWeightsConfig()
     feedback: Feedback | Literal["auto"] = "auto"
     """what the gradient does between chunks (`calm.ttt.rollout`): constant, straight_through, or latent, which only a stem that
@@ -170,7 +172,7 @@ class Seal:
         *,
         num_chunks: int,
         num_texts: int = 1,
-        shifts: Float[Array, "B Z"] | None = None,
+        shifts: Float[np.ndarray, "B Z"] | None = None,
     ) -> Acted:
         """`num_texts` texts of `num_chunks` chunks for each prompt, at temperature 1, without an end.
 
@@ -178,7 +180,8 @@ class Seal:
         noise whatever the weights, and a single text of a key is what `calm.sampling.generate` writes by it.
         """
         program = partial(_act, (num_texts, num_chunks), self.graphdef)
-        extra = (changes, None if shifts is None else jnp.asarray(shifts, jnp.float32))
+        nowhere = np.zeros((len(prompts.starts), self.predictor.autoencoder.config.latent_dim), np.float32)
+        extra = (changes, nowhere if shifts is None else shifts.astype(np.float32))
         return self._by_groups(program, critic, prompts, keys, extra, None)
 
     def energy(self, prompts: Prompts, chunks: Int[np.ndarray, "B S N K"], keys: Array) -> Float[np.ndarray, "B S"]:
@@ -245,7 +248,7 @@ def _rewire(
     config: SealConfig, graphdef: Any, params: Any, critic: Any, table: ScoringTable, limits: Limits, groups: Any
 ) -> tuple[Rewired, Int[Array, "G A"]]:
     """The second tells the inner step that broke, -1 for none."""
-    optimizer = {"sgd": optax.sgd, "adam": optax.adam}[config.optimizer](limits.rate)
+    optimizer = (optax.adam if config.optimizer == "adam" else optax.sgd)(limits.rate)
     base: NextVector = nnx.merge(graphdef, params)
     sizes, feedback = (config.samples, config.chunks), config.feedback
     assert feedback != "auto"
@@ -282,6 +285,8 @@ def _rewire(
             change, state, stopped = carry
             (_, reward), gradient = jax.value_and_grad(loss, has_aux=True)(change, stream(key, "rewire", step))
             updates, new_state = optimizer.update(gradient, state)
+            if config.optimizer == "relative":
+                updates = jax.tree.map(lambda x: x * (length / fast_weights.length_of_step(change, gradient)), updates)
             new = fast_weights.projected(optax.apply_updates(change, updates), limits.max_norm * length)
             finite = jnp.isfinite(reward) & jnp.isfinite(fast_weights.norm(new))
             stop = stopped | ~finite | (reward >= limits.enough)
@@ -309,7 +314,7 @@ def _rewire(
 def _act(
     sizes: tuple[int, int], graphdef: Any, params: Any, critic: Any, table: ScoringTable, limits: None, groups: Any
 ) -> Acted:
-    def one(chunks: Array, start: Array, key: PRNGKey, change: Change | None, shift: Array | None) -> Acted:
+    def one(chunks: Array, start: Array, key: PRNGKey, change: Change | None, shift: Array) -> Acted:
         weights = params if change is None else fast_weights.adapted(params, change)
         predictor: NextVector = nnx.merge(graphdef, weights)
         written = futures(
