@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,7 +27,7 @@ from calm.interop.published_files import read_json
 from calm.metrics.perplexity import ScoredText
 from calm.models import Decoding, LatentLM, NextVector, Predictor, TokenLM
 from calm.rng import row_keys, stream
-from calm.sampling import Generated, Sampler, from_temperature
+from calm.sampling import Generated, Sampler, from_temperature, saved_state
 from calm.sampling import generate as generate_tokens
 from calm.sampling import stream as stream_tokens
 from calm.sampling.choose import DEFAULT_BUDGET
@@ -118,6 +118,10 @@ class Bundle:
         decoding: Decoding | None = None,
         seed: int = 0,
         stream: Callable[[str], None] | None = None,
+        state: str | Path | None = None,
+        save_state: str | Path | None = None,
+        rewindable: bool = False,
+        rewind: int = 0,
     ) -> dict[str, Any]:
         """Continues each prompt; the empty prompt is unconditional.
 
@@ -131,6 +135,9 @@ class Bundle:
             ban: what is never written: token ids, or texts that are one token.
             decoding: how a latent becomes tokens: "argmax" or "drawn"; by default as suits the model (`Predictor.decoding`).
             stream: called with every piece of text as it comes; for one prompt.
+            state: a file of `save_state`, which takes the place of the prompts; rewind: chunks that are taken back first.
+            save_state: writes what the prompts left to this file, before they are continued (`calm.sampling.saved_state`), with
+                room for the rest of the context; rewindable: in such a way that recurrences can be taken back too.
         Returns:
             texts, tokens (counts), ended, fallback_share and draws (see `calm.sampling.Generated`), decoding.
         Raises:
@@ -142,7 +149,9 @@ class Bundle:
         if not prompts:
             raise UsageError("prompts: give at least one (the empty prompt is unconditional)")
         ids = [self.tokenizer.encode(prompt) for prompt in prompts]
-        keys = row_keys(jax.random.key(seed), len(ids))
+        saved = self._saved(ids, state, save_state, rewindable, rewind)
+        rows = len(ids) if saved is None else len(saved.starts)
+        keys = row_keys(jax.random.key(seed), rows)
         filters = dict(top_k=top_k, top_p=top_p, min_p=min_p)
         options: dict[str, Any] = dict(
             special=self.tokenizer,
@@ -152,10 +161,15 @@ class Bundle:
             decoding=decoding or self.predictor.decoding,
             context=self.block_tokens // self.chunk_size,
         )
-        if stream is None:
+        if stream is not None and rows != 1:
+            raise UsageError(f"stream: takes one prompt, got {rows}")
+        if saved is not None:
+            del options["context"]  # the state has its room
+            result = self._stream(saved_state.resume(predictor, saved, keys, **options), stream or (lambda _: None))
+        elif stream is None:
             result = generate_tokens(predictor, ids, keys, **options)
         else:
-            result = self._stream(predictor, ids, keys, options, stream)
+            result = self._stream(stream_tokens(predictor, ids, keys, **options), stream)
         texts = [self.tokenizer.decode(row[:length]) for row, length in zip(result.tokens, result.lengths, strict=True)]
         return {
             "texts": texts,
@@ -293,13 +307,35 @@ class Bundle:
             raise UsageError(f"{self.folder}: holds a token model, which has no latents; name the run of an autoencoder")
         return self.autoencoder
 
-    def _stream(
-        self, predictor: Predictor, ids: list[np.ndarray], keys: Any, options: dict[str, Any], say: Callable[[str], None]
-    ) -> Generated:
-        if len(ids) != 1:
-            raise UsageError(f"stream: takes one prompt, got {len(ids)}")
+    def _saved(
+        self, ids: list[np.ndarray], state: str | Path | None, save_state: str | Path | None, rewindable: bool, rewind: int
+    ) -> saved_state.SavedState | None:
+        """What is gone on from, if it is a state: a file's, or that of the prompts, which is written to one."""
+        predictor, size = self.predictor, self.chunk_size
+        if state is not None:
+            if any(len(row) for row in ids) or save_state is not None:
+                raise UsageError(
+                    "state: takes the place of the prompts, and is saved already; give no prompt and no save_state"
+                )
+            saved = saved_state.load(state, predictor)
+            return saved if not rewind else saved_state.rewind(predictor, saved, rewind, special=self.tokenizer)
+        if rewind or (rewindable and save_state is None):
+            raise UsageError("rewind goes with state, and rewindable with save_state")
+        if save_state is None:
+            return None
+        longest = max(len(chunk_prompt(row, size, self.tokenizer.begin_id)) for row in ids)
+        room = self.block_tokens - size * longest
+        if room < 1:
+            raise UsageError(
+                f"save_state: a prompt of {longest} chunks leaves no room in the context of {self.block_tokens // size}"
+            )
+        saved = saved_state.prefill(predictor, ids, special=self.tokenizer, room=room, rewindable=rewindable)
+        saved_state.save(save_state, saved, predictor)
+        return saved
+
+    def _stream(self, chunks: Iterator[np.ndarray], say: Callable[[str], None]) -> Generated:
+        """The first row of what comes, said as text; returns what the generator returns."""
         written, so_far = "", []
-        chunks = stream_tokens(predictor, ids, keys, **options)
         while True:
             try:
                 so_far.append(next(chunks)[0])

@@ -44,6 +44,14 @@ class Generate:
     decoding: Literal["argmax", "drawn"] | None = None
     """How a latent becomes tokens: the decoder's argmax, or drawn from its softmax; by default as suits the model."""
     seed: int = 0
+    save_state: str | None = None
+    """Save what the prompt left to this file before it is continued, with room for the rest of the context."""
+    rewindable: bool = False
+    """Save such a state that --rewind can take back what recurrences read, too; attention can in any case."""
+    state: str | None = None
+    """Go on from a file of --save-state instead of a prompt, as if its text had been read; as often as wanted."""
+    rewind: int = 0
+    """Take back the last so many chunks (of a token model: tokens) that the --state has read."""
     out: str | None = None
     """Also write the texts to this file, one after the other with an empty line between."""
 
@@ -72,6 +80,10 @@ class Generate:
             decoding=self.decoding,
             seed=self.seed,
             stream=stream if len(prompts) == 1 else None,
+            state=self.state,
+            save_state=self.save_state,
+            rewindable=self.rewindable,
+            rewind=self.rewind,
         )
         fallback = sum(result["fallback_share"]) / len(prompts)
         if fallback:

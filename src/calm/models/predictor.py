@@ -72,6 +72,10 @@ class Predictor(Protocol):
         """Branches of a rewindable state from behind its first `ends[a]` chunks each (`calm.nn.Backbone.fork`)."""
         ...
 
+    def rewind(self, state: Any, position: int | Int[Array, ""]) -> Any:
+        """A rewindable state as it was after `position` chunks."""
+        ...
+
     def hidden(self, chunks: Int[Array, "B N K"], state: Any = None) -> tuple[Float[Array, "B N D"], Any]: ...
 
     def draw_noise(self, key: PRNGKey, shape: tuple[int, ...], decoding: str = "argmax") -> Noise: ...
@@ -143,6 +147,10 @@ class NextVector(nnx.Module):
     def fork(self, state: Any, ends: Int[Array, "A"], num_branches: int, capacity: int) -> Any:
         """Branches of a rewindable state, from behind its first `ends[a]` chunks each."""
         return self.lm.fork(state, ends, num_branches, capacity)
+
+    def rewind(self, state: Any, position: int | Int[Array, ""]) -> Any:
+        """A rewindable state as it was after `position` chunks."""
+        return self.lm.rewind(state, position)
 
     def hidden(self, chunks: Int[Array, "B N K"], state: Any = None) -> tuple[Float[Array, "B N D"], Any]:
         """Position i has read chunks 0..i and predicts chunk i + 1. With a state, the chunks continue what it has read."""

@@ -31,6 +31,7 @@ from calm.models.token_lm import TokenLMConfig
 from calm.nn import BackboneConfig
 from calm.nn.conv_ssm import ConvSSMConfig
 from calm.nn.hopfield import HopfieldConfig
+from calm.presets.hybrid import hybrids
 from calm.stages import AutoencoderRun, LatentLMRun, TokenLMRun
 from calm.train.objective import AutoencoderLossConfig, LatentLossConfig
 from calm.train.optim import OptimizerConfig
@@ -49,10 +50,14 @@ class Preset:
     lm: LatentLMRun
     token_learning_rate: float | None = None
     """of the token baseline; None = that of `lm`"""
+    token: TokenLMRun | None = None
+    """the token model, where it has settings of its own"""
 
     @property
     def token_lm(self) -> TokenLMRun:
         """The baseline on the backbone and number of tokens of `lm`, at its own learning rate."""
+        if self.token is not None:
+            return self.token
         chosen: dict[str, Any] = {"best_metric": "valid/nats_per_token", "best_is": "lowest"}
         model = TokenLMConfig(backbone=self.lm.model.backbone, init_std=self.lm.model.init_std)
         if self.token_learning_rate is not None:
@@ -346,4 +351,8 @@ _PRESETS = {
         _published("calm-l", 1536, 4096),
         _published("calm-xl", 2560, 6880),
     )
+}
+_PRESETS |= {
+    preset.name: preset
+    for preset in hybrids(_PRESETS["quickstart"], _PRESETS["wikitext2-tiny"], _PRESETS["wikitext2-small-pure"])
 }

@@ -1,7 +1,7 @@
 """Continue prompts: in one compiled call, or chunk by chunk as they come."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import jax
@@ -86,7 +86,7 @@ def generate(
     progress, chunks = steps.run(
         job.recipe, job.model, job.weights, keys, job.chunks, job.starts, job.history, job.capacity, jnp.int32(job.num_steps)
     )
-    _require_chunks(job, progress)
+    _require_chunks(job.recipe, progress)
     batch, chunk_size = job.chunks.shape[0], job.chunks.shape[2]
     tokens = np.asarray(chunks[: job.num_steps]).swapaxes(0, 1).reshape(batch, job.num_steps * chunk_size)[:, :max_tokens]
     return _report(progress, tokens, decoding)
@@ -103,7 +103,7 @@ def stream(
     decoding: str = "argmax",
     context: int | None = None,
     banned: Sequence[int] = (),
-) -> Iterator[Int[np.ndarray, "B K"]]:
+) -> Generator[Int[np.ndarray, "B K"], None, Generated]:
     """The tokens of `generate`, yielded chunk by chunk as they come; the last chunk may be cut by `max_tokens`.
 
     Rows that have ended yield end ids. The generator returns the `Generated` of the whole (`result = yield from stream(...)`).
@@ -111,17 +111,25 @@ def stream(
     """
     job = _plan(predictor, prompts, keys, special, max_tokens, sampler, decoding, context, banned)
     progress = steps.prefill(job.model, job.chunks, job.starts, job.history, job.capacity)
+    return (yield from follow(job.recipe, job.weights, keys, progress, max_tokens))
+
+
+def follow(
+    recipe: Recipe, weights: Weights, keys: Array, progress: Progress, max_tokens: int
+) -> Generator[Int[np.ndarray, "B K"], None, Generated]:
+    """`stream` from behind a prompt that was read; `progress` is given up."""
+    chunk_size, end_id = progress.chunk.shape[1], int(weights.end_id)
     chunks: list[np.ndarray] = []
-    for step in range(job.num_steps):
-        progress, chunk = steps.step(job.recipe, job.weights, keys, progress)
-        _require_chunks(job, progress)
-        chunks.append(np.asarray(chunk)[:, : max_tokens - step * chunk.shape[1]])
+    for step in range(-(-max_tokens // chunk_size)):
+        progress, chunk = steps.step(recipe, weights, keys, progress)
+        _require_chunks(recipe, progress)
+        chunks.append(np.asarray(chunk)[:, : max_tokens - step * chunk_size])
         yield chunks[-1]
         if np.asarray(progress.ended).all():
             break
     tokens = np.concatenate(chunks, axis=1)
     missing = ((0, 0), (0, max_tokens - tokens.shape[1]))
-    return _report(progress, np.pad(tokens, missing, constant_values=special.end_id), decoding)
+    return _report(progress, np.pad(tokens, missing, constant_values=end_id), recipe.decoding)
 
 
 class _Job(NamedTuple):
@@ -148,21 +156,10 @@ def _plan(
 ) -> _Job:
     """Checks the arguments and lays the prompts out."""
     chunk_size, vocab_size = predictor.chunk_size, predictor.vocab_size
-    if not prompts:
-        raise UsageError("no prompts: give at least one; an empty one is unconditional")
-    if max_tokens < 1:
-        raise UsageError(f"max_tokens must be at least 1, got {max_tokens}")
-    if keys.shape[0] != len(prompts):
-        raise UsageError(f"{keys.shape[0]} keys for {len(prompts)} prompts: give one key a row (calm.rng.row_keys)")
-    if decoding not in DECODINGS:
-        raise UsageError(f"unknown decoding {decoding!r}; choose {' or '.join(DECODINGS)}")
-
-    arrays = [np.asarray(prompt, np.int32).reshape(-1) for prompt in prompts]
+    arrays = checked_prompts(prompts, vocab_size)
+    check_options(len(prompts), keys, max_tokens, decoding)
     num_steps = -(-max_tokens // chunk_size)
     for row, ids in enumerate(arrays):
-        if ids.size and not 0 <= ids.min() <= ids.max() < vocab_size:
-            wrong = ids[(ids < 0) | (ids >= vocab_size)][0]
-            raise UsageError(f"prompt {row}: token id {wrong} is outside the vocabulary of {vocab_size}")
         length = len(chunk_prompt(ids, chunk_size, special.begin_id))
         if context is not None and length > context:
             raise UsageError(f"prompt {row} has {length} chunks of {chunk_size} tokens, more than the context of {context}")
@@ -173,27 +170,60 @@ def _plan(
                 f"context of {context} chunks: max_tokens={max_tokens} is too many"
             )
 
-    chunks, starts = pad_prompts(arrays, chunk_size, special.begin_id)
-    extra = _rounded(chunks.shape[1]) - chunks.shape[1]
-    chunks = np.pad(chunks, ((0, 0), (extra, 0), (0, 0)), constant_values=special.begin_id)
-    capacity = chunks.shape[1] + _rounded(num_steps) - 1
-    known = np.where(chunks == special.begin_id, NOTHING, chunks).reshape(len(arrays), -1)
-    room = (capacity + 1 - chunks.shape[1]) * chunk_size
-    history = np.pad(known, ((0, 0), (room, 0)), constant_values=NOTHING)
+    chunks, starts = laid_out(arrays, chunk_size, special.begin_id)
+    capacity = chunks.shape[1] + rounded(num_steps) - 1
     model = Model(*nnx.split(predictor))
     return _Job(
         recipe=Recipe(sampler=sampler, decoding=decoding),
         model=model,
-        weights=steps.prepare(model, jnp.asarray(_allowed(vocab_size, special, banned)), jnp.int32(special.end_id)),
+        weights=steps.prepare(model, jnp.asarray(allowed_ids(vocab_size, special, banned)), jnp.int32(special.end_id)),
         chunks=jnp.asarray(chunks, jnp.int32),
-        starts=jnp.asarray(starts + extra, jnp.int32),
-        history=jnp.asarray(history, jnp.int32),
+        starts=jnp.asarray(starts, jnp.int32),
+        history=history_of(chunks, special.begin_id, capacity),
         capacity=capacity,
         num_steps=num_steps,
     )
 
 
-def _allowed(vocab_size: int, special: HasSpecialIds, banned: Sequence[int]) -> Int[np.ndarray, "_"]:
+def checked_prompts(prompts: Sequence[Int[np.ndarray, "_"] | Sequence[int]], vocab_size: int) -> list[Int[np.ndarray, "_"]]:
+    """The prompts as arrays of ids that the model knows."""
+    if not prompts:
+        raise UsageError("no prompts: give at least one; an empty one is unconditional")
+    arrays = [np.asarray(prompt, np.int32).reshape(-1) for prompt in prompts]
+    for row, ids in enumerate(arrays):
+        if ids.size and not 0 <= ids.min() <= ids.max() < vocab_size:
+            wrong = ids[(ids < 0) | (ids >= vocab_size)][0]
+            raise UsageError(f"prompt {row}: token id {wrong} is outside the vocabulary of {vocab_size}")
+    return arrays
+
+
+def check_options(rows: int, keys: Array, max_tokens: int, decoding: str) -> None:
+    """Raises UsageError for options that do not fit `rows` prompts."""
+    if max_tokens < 1:
+        raise UsageError(f"max_tokens must be at least 1, got {max_tokens}")
+    if keys.shape[0] != rows:
+        raise UsageError(f"{keys.shape[0]} keys for {rows} prompts: give one key a row (calm.rng.row_keys)")
+    if decoding not in DECODINGS:
+        raise UsageError(f"unknown decoding {decoding!r}; choose {' or '.join(DECODINGS)}")
+
+
+def laid_out(
+    prompts: list[Int[np.ndarray, "_"]], chunk_size: int, begin_id: int
+) -> tuple[Int[np.ndarray, "B N K"], Int[np.ndarray, "B"]]:
+    """Prompts as chunks, padded on the left to a length that is a multiple of LENGTH_STEP, and where each row begins."""
+    chunks, starts = pad_prompts(prompts, chunk_size, begin_id)
+    extra = rounded(chunks.shape[1]) - chunks.shape[1]
+    return np.pad(chunks, ((0, 0), (extra, 0), (0, 0)), constant_values=begin_id), starts + extra
+
+
+def history_of(chunks: Int[np.ndarray, "B N K"], begin_id: int, capacity: int) -> Int[Array, "B T"]:
+    """`Progress.history` behind these chunks, in a state with room for `capacity` chunks."""
+    known = np.where(chunks == begin_id, NOTHING, chunks).reshape(len(chunks), -1)
+    room = (capacity + 1 - chunks.shape[1]) * chunks.shape[2]
+    return jnp.asarray(np.pad(known, ((0, 0), (room, 0)), constant_values=NOTHING), jnp.int32)
+
+
+def allowed_ids(vocab_size: int, special: HasSpecialIds, banned: Sequence[int]) -> Int[np.ndarray, "_"]:
     """The ids that may be written, ascending."""
     for token in banned:
         if not 0 <= token < vocab_size:
@@ -204,9 +234,9 @@ def _allowed(vocab_size: int, special: HasSpecialIds, banned: Sequence[int]) -> 
     return allowed
 
 
-def _require_chunks(job: _Job, progress: Progress) -> None:
+def _require_chunks(recipe: Recipe, progress: Progress) -> None:
     """Raises OutOfDraws if a row's sampler found no chunk."""
-    sampler = job.recipe.sampler
+    sampler = recipe.sampler
     if not isinstance(sampler, ExactTemperature) or not np.asarray(progress.ran_out).any():
         return
     row = int(np.argmax(progress.ran_out))
@@ -214,7 +244,7 @@ def _require_chunks(job: _Job, progress: Progress) -> None:
     raise sampler.out_of_draws(place, int(progress.last_draws[row]), float(progress.collision_rate[row]))
 
 
-def _rounded(length: int) -> int:
+def rounded(length: int) -> int:
     return -(-length // LENGTH_STEP) * LENGTH_STEP
 
 

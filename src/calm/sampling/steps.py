@@ -101,12 +101,17 @@ def prepare(model: Model, allowed: Int[Array, "X"], end_id: Int[Array, ""]) -> W
 
 
 def begin(
-    model: Model, chunks: Int[Array, "B N K"], starts: Int[Array, "B"], history: Int[Array, "B T"], capacity: int
+    model: Model,
+    chunks: Int[Array, "B N K"],
+    starts: Int[Array, "B"],
+    history: Int[Array, "B T"],
+    capacity: int,
+    rewindable: bool = False,
 ) -> Progress:
     """Reads all chunks of the prompts but the last, with the layers still stacked; the state has room for `capacity` chunks."""
     predictor: Predictor = model.merge()
     batch, length, _ = chunks.shape
-    state = predictor.init_state(batch, capacity, starts)
+    state = predictor.init_state(batch, capacity, starts, rewindable=rewindable)
     if length > 1:
         state = predictor.hidden(chunks[:, :-1], state)[1]
     zeros = jnp.zeros((batch,), jnp.int32)
@@ -231,7 +236,7 @@ def run(
     return jax.lax.while_loop(unfinished, body, (progress, written))
 
 
-prefill = jax.jit(begin, static_argnums=4)
+prefill = jax.jit(begin, static_argnums=(4, 5))
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=3)
