@@ -4,6 +4,8 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
+from safetensors import safe_open
+from safetensors.numpy import save_file
 from test_generate import SPECIAL, K, V, with_numbers
 
 from calm.autoencoder import AutoencoderConfig
@@ -128,6 +130,14 @@ def test_wrong_files_are_said_in_one_line(written_file, tmp_path):
         cut.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
         with pytest.raises(UsageError, match="damaged or cut short"):
             saved_state.load(cut, model)
+    with safe_open(path, "numpy") as file:
+        metadata, arrays = file.metadata(), {name: file.get_tensor(name) for name in list(file.keys())}
+    save_file({name: x for name, x in arrays.items() if name != "progress.chunk"}, cut, metadata=metadata)
+    with pytest.raises(UsageError, match="chunk is missing or of another shape"):
+        saved_state.load(cut, model)
+    save_file(arrays, cut)
+    with pytest.raises(UsageError, match="is no saved state"):
+        saved_state.load(cut, model)
     with pytest.raises(UsageError, match="no such file"):
         saved_state.load(tmp_path / "none", model)
     with pytest.raises(UsageError, match="is not a folder"):

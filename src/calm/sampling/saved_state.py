@@ -207,10 +207,16 @@ def load(path: str | Path, predictor: Predictor) -> SavedState:
 
     chunks, starts = arrays["chunks"], arrays["starts"]
     capacity, rewindable = description.capacity, description.rewindable
-    shapes = (chunks[:, :1], starts, arrays["progress.history"])
-    like = jax.eval_shape(
-        lambda *shapes: steps.begin(Model(*nnx.split(predictor)), *shapes, capacity, rewindable), *map(jnp.asarray, shapes)
-    )
+    shapes = [jnp.asarray(x) for x in (chunks[:, :1], starts, arrays["progress.history"])]
+
+    def begin(chunks: Array, starts: Array, history: Array) -> Progress:
+        return steps.begin(Model(*nnx.split(predictor)), chunks, starts, history, capacity, rewindable)
+
+    like = jax.eval_shape(begin, *shapes)
+    if misfits := [
+        name for name, x in _named(like).items() if getattr(arrays.get(f"progress.{name}"), "shape", None) != x.shape
+    ]:
+        raise UsageError(f"state {path}: {misfits[0]} is missing or of another shape than this model's; read the text again")
     leaves = [
         jnp.asarray(arrays[f"progress.{name}"].view(x.dtype) if x.dtype == jnp.bfloat16 else arrays[f"progress.{name}"])
         for name, x in _named(like).items()
