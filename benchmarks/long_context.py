@@ -1,6 +1,6 @@
 """What a step costs, and how large the state is, when much has been read: patterns with attention and without.
 
-python benchmarks/long_context.py         # the table and the picture of docs/backbones.md; about two minutes on two cores
+python benchmarks/long_context.py         # the table and the picture of docs/backbones.md; half a minute of one core
 
 One row, a backbone of width 64 and two layers with its layers taken apart as for generation. The state is made for a context of
 so many positions and the step measured is that of the last one, so nothing has to be read first.
