@@ -7,7 +7,7 @@ import pytest
 from calm.errors import UsageError
 from calm.experiments import hybrids, studies
 from calm.experiments.hybrids import HybridStudy, cells, equal_size, state_bytes, with_backbone
-from calm.experiments.runner import sized
+from calm.experiments.runner import autoencoder_flops, sized
 from calm.experiments.scoring import LanguageModelScore
 from calm.experiments.study import Place, Request, Study
 from calm.models import LatentLMConfig
@@ -31,7 +31,7 @@ def test_a_pattern_of_equal_size_is_as_large_within_three_per_cent(pattern):
 
 
 def test_a_size_that_no_width_has_is_refused(monkeypatch):
-    monkeypatch.setattr(hybrids, "NEAR", 0.0)
+    monkeypatch.setattr(hybrids, "NEAR", -1.0)
     with pytest.raises(UsageError, match="pattern 'SHA': no width gives [0-9,]+ weights; the nearest, "):
         equal_size(MODEL, "SHA")
 
@@ -55,7 +55,7 @@ def recipe(tiny_runs):
 
 def test_the_cells_are_of_one_budget_and_of_one_size(recipe):
     base = recipe(None, 4)
-    budget = 4e9
+    budget = autoencoder_flops(base) + 1e10
     every = {cell.name: cell for cell in cells(Place("data", None), budget, recipe)}  # type: ignore[arg-type]
     assert list(every) == ["A", "S", "H", "SH", "SHA", "C,H", "S-size", "H-size", "SH-size", "SHA-size", "C,H-size"]
     steps = sized(every["A"].run, budget).train.steps
