@@ -71,9 +71,23 @@ def test_the_gradient_is_that_of_the_last_segment_or_of_all(kind):
     assert max(np.abs(x).max() for x in jax.tree.leaves(first)) > 1e-2  # what one step leaves out is not nothing
 
 
+@jax.jit(static_argnums=1)
+def run(model, taps):
+    return model.readings(HIDDEN, ("controller", "hidden"), taps)
+
+
+def test_to_a_tap_the_layers_of_the_second_segment_follow_those_of_the_first():
+    def tap(name, layer, value):
+        return jnp.where(layer == 3, 0.0, value) if name == "hidden" else value
+
+    plain, changed = run(built(CONFIG), None)["hidden"], run(built(CONFIG), tap)["hidden"]
+    for layer in range(3):
+        np.testing.assert_array_equal(plain[layer], changed[layer])
+    assert plain[3].any() and not changed[3].any()
+
+
 def test_a_controller_can_be_replaced():
     model = built(CONFIG)
-    run = jax.jit(lambda model, kind: model.readings(HIDDEN, ("controller", "hidden"), kind), static_argnums=1)
     key = jax.random.key(0)
     plain, zero, shuffled, noise = (
         run(model, tap)
