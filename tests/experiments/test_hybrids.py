@@ -1,14 +1,18 @@
-"""The study of hybrids: models of one size, and what their states weigh."""
+"""The study of hybrids: models of one size, what their states weigh, and what its table says."""
 
 import dataclasses
 
 import pytest
 
 from calm.errors import UsageError
-from calm.experiments import hybrids
-from calm.experiments.hybrids import equal_size, state_bytes
+from calm.experiments import hybrids, studies
+from calm.experiments.hybrids import HybridStudy, cells, equal_size, state_bytes, with_backbone
+from calm.experiments.runner import autoencoder_flops, sized
+from calm.experiments.scoring import LanguageModelScore
+from calm.experiments.study import Place, Request, Study
 from calm.models import LatentLMConfig
 from calm.nn import BackboneConfig
+from calm.stages import LatentLMRun, load_run_config
 
 BACKBONE = BackboneConfig(dim=64, num_layers=2, inner_dim=172)
 MODEL = LatentLMConfig(vocab_size=300, chunk_size=4, latent_dim=8, backbone=BACKBONE)
@@ -39,3 +43,43 @@ def test_states_are_counted_in_bytes():
     assert size("A", 16) == 2 * 2 * 64 * 16 * 4  # layers, keys and values, D, context, float32
     assert size("A", 32) == 2 * size("A", 16) and size("S", 32) == size("S", 16) > 0
     assert size("SA", 16) == size("S", 16) + size("A", 16)
+
+
+@pytest.fixture
+def recipe(tiny_runs):
+    run = load_run_config(tiny_runs / "lm")
+    assert isinstance(run, LatentLMRun)
+    run = with_backbone(run, num_layers=2)
+    return lambda place, chunk_size: dataclasses.replace(run, train=dataclasses.replace(run.train, best_metric=""))
+
+
+def test_the_cells_are_of_one_budget_and_of_one_size(recipe):
+    base = recipe(None, 4)
+    budget = autoencoder_flops(base) + 1e10
+    every = {cell.name: cell for cell in cells(Place("data", None), budget, recipe)}  # type: ignore[arg-type]
+    assert list(every) == ["A", "S", "H", "SH", "SHA", "C,H", "S-size", "H-size", "SH-size", "SHA-size", "C,H-size"]
+    steps = sized(every["A"].run, budget).train.steps
+    for name, cell in every.items():
+        assert isinstance(cell.run, LatentLMRun) and cell.run.model.backbone.pattern == name.removesuffix("-size")
+        if name.endswith("-size"):
+            assert cell.budget is None and cell.run.train.steps == steps
+        else:
+            assert cell.budget == budget and cell.run == with_backbone(base, pattern=name)
+    study = studies.get("hybrids")
+    assert isinstance(study, Study) and study == HybridStudy(recipe=studies.written_run)
+
+
+@pytest.mark.slow
+def test_a_study_of_tiny_runs_says_what_each_costs(recipe, tmp_path, monkeypatch):
+    monkeypatch.setattr(hybrids.LanguageModelStudy, "autoencoders", lambda self, place: [])
+    score = LanguageModelScore(split="valid", max_tokens=384, precision="float32", bound_samples=0)
+    request = Request(
+        name="hybrids", out=tmp_path, data=recipe(None, 4).data, only=("A", "SHA-size"), score=score, say=lambda line: None
+    )
+    found = HybridStudy(recipe=recipe).run(request)
+    first, other = found["results"]
+    assert first["trained_tokens_per_second"] > 0 and first["state_bytes"] != other["state_bytes"]
+    assert other["parameters"] == pytest.approx(first["parameters"], rel=0.03)
+    assert "state, bytes" in found["summary"] and "BrierLM" in found["summary"]
+    assert (tmp_path / "hybrids.md").read_text() == found["summary"] + "\n"
+    assert HybridStudy(recipe=recipe).run(request) == found

@@ -111,6 +111,7 @@ def tiny_cells(tiny_runs):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_a_study_of_tiny_runs_has_both_kinds_and_is_read_back(tiny_cells, tmp_path, monkeypatch):
     monkeypatch.setattr(path_ablation, "cells", lambda data, budget: tiny_cells)
     score = LanguageModelScore(split="valid", max_tokens=384, precision="float32")

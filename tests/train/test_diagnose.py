@@ -96,7 +96,8 @@ class Planted(nnx.Module):
     """A predictor that knows the walk: its hidden state is (known, state of the last chunk)."""
 
     precision, decoding, vocab_size, chunk_size, num_layers, reach = "float32", "argmax", V, K, 1, 0
-    write, write_latents, fork = NextVector.write, NextVector.write_latents, NextVector.fork
+    write, write_latents = NextVector.write, NextVector.write_latents
+    fork, rewind = NextVector.fork, NextVector.rewind
 
     def __init__(self, fault: str = ""):
         self.autoencoder, self.fault = Codec(fault), fault

@@ -80,7 +80,7 @@ class Planted(nnx.Module):
     """A predictor whose hidden state is looked up by the first token of a chunk, around a head and a random autoencoder."""
 
     precision, decoding, num_layers, vocab_size, chunk_size, reach = "float32", "argmax", 0, V, K, 0
-    init_state, fork = NextVector.init_state, NextVector.fork
+    init_state, fork, rewind = NextVector.init_state, NextVector.fork, NextVector.rewind
     write, write_latents = NextVector.write, NextVector.write_latents
     token_log_probs = NextVector.token_log_probs
 

@@ -64,12 +64,16 @@ def equal_size(model: LatentLMConfig, pattern: str) -> BackboneConfig:
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if in_proportion(middle)[0] <= wanted else (low, middle)
-    found = min((in_proportion(steps) for steps in (low, high)), key=lambda each: abs(each[0] - wanted))
-    dim, inner_dim = found[1].dim, found[1].inner_dim
-    of_one = at(dim, inner_dim + 1)[0] - found[0]
-    found = at(dim, max(1, inner_dim + round((wanted - found[0]) / of_one)))
+    tried = []
+    for _, near in sorted((in_proportion(steps) for steps in (low, high)), key=lambda each: abs(each[0] - wanted)):
+        size, _ = at(near.dim, near.inner_dim)
+        of_one = at(near.dim, near.inner_dim + 1)[0] - size
+        tried.append(at(near.dim, max(1, near.inner_dim + round((wanted - size) / of_one))))
+    found = min(tried, key=lambda each: abs(each[0] / wanted - 1) > NEAR)  # the nearer width, unless the other alone will do
     if abs(found[0] / wanted - 1) > NEAR:
-        raise UsageError(f"pattern {pattern!r}: no width gives {wanted:,} weights; the nearest, {dim}, gives {found[0]:,}")
+        raise UsageError(
+            f"pattern {pattern!r}: no width gives {wanted:,} weights; the nearest, {found[1].dim}, gives {found[0]:,}"
+        )
     return found[1]
 
 
