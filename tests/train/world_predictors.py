@@ -41,6 +41,9 @@ class WorldPredictor(nnx.Module):
     def fork(self, state, ends, num_branches, capacity):
         return Beliefs(jnp.repeat(state.behind[:, ends - 1], num_branches, axis=1))
 
+    def rewind(self, state, position):
+        return Beliefs(state.behind[:, :position])
+
     def hidden(self, chunks, state=None):
         batch = len(chunks)
         if state is not None and state.behind.shape[1]:  # every branch goes on from where it stands
