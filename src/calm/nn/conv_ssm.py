@@ -94,7 +94,7 @@ FOLDS = 16
 def shifted_products(seen: Float[Array, "B P I"], kernel: Float[Array, "W I"]) -> Float[Array, "B N I"]:
     """y_t = sum_k kernel_k * seen_{t+k}, N = P - W + 1: `jax.lax.conv_general_dilated` with a group for each channel."""
     length = seen.shape[1] - kernel.shape[0] + 1
-    return sum(tap * seen[:, k : k + length] for k, tap in enumerate(kernel))
+    return sum((tap * seen[:, k : k + length] for k, tap in enumerate(kernel)), jnp.zeros((), seen.dtype))
 
 
 def _shifted_forward(seen: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
