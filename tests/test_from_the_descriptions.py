@@ -19,6 +19,7 @@ SMALLER = {
     "train lm": tiny.LM,
     "evaluate": ["--max-tokens", "256", "--num-samples", "2"],
     "generate": ["--max-tokens", "8", "--candidates", "4"],
+    "align": "--samples 4 --chunks 4 --max-tokens 16".split(),  # what snippet 5 has compiled as well
     "quickstart": ["--source", "text/pile", "--max-tokens", "256"],
 }
 

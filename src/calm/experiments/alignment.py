@@ -36,6 +36,7 @@ from calm.ttt.text_judge import TextJudge, fit_judge
 CONCEPTS = ("war,army,battle,troops,soldiers", "album,song,music,band,songs", "game,team,season,players,league")
 STEPS = (1, 3, 10)
 BEST = "best of S"
+NOTHING_TO_SAY = Interval(estimate=float("nan"), low=float("nan"), high=float("nan"))
 MEASURES = ("judge", "fluency", "repeated", "concept words", "function words")
 
 
@@ -214,26 +215,17 @@ def picture(results: Sequence[dict[str, Any]], out: Path) -> None:
     steps = sorted({result["steps"] for result in results})
     ways = list(results[0]["ways"])
     for colour, way in zip(COLOURS, ways, strict=False):
-        points: list[tuple[float, Interval, Interval]] = []
+        cost, panes = [], ([], [])
         for number in steps:
             own = [result for result in results if result["steps"] == number]
-            flops = float(np.mean([result["ways"][way]["flops"] for result in own]))
-            points.append((flops, against(own, way, "standard"), _interval(own, way, "fluency")))
-        for axes, place in zip(panels, (1, 2), strict=True):
-            values = [point[place] for point in points]
+            cost.append(float(np.mean([result["ways"][way]["flops"] for result in own])))
+            panes[0].append(against(own, way, "standard"))
+            panes[1].append(_interval(own, way, "fluency"))
+        for axes, found in zip(panels, panes, strict=True):
+            values = [interval or NOTHING_TO_SAY for interval in found]
             spans = [[max(i.estimate - i.low, 0) for i in values], [max(i.high - i.estimate, 0) for i in values]]
-            cost = [point[0] for point in points]
-            axes.errorbar(
-                cost,
-                [i.estimate for i in values],
-                yerr=np.nan_to_num(spans),
-                fmt="o-",
-                color=colour,
-                markersize=3,
-                linewidth=1,
-                capsize=2,
-                label=way,
-            )
+            style: dict[str, Any] = dict(fmt="o-", color=colour, markersize=3, linewidth=1, capsize=2, label=way)
+            axes.errorbar(cost, [i.estimate for i in values], yerr=np.nan_to_num(spans), **style)
     for axes, title in zip(panels, ("gain over the standard text, log-odds", results[0]["fluency_of"]), strict=True):
         axes.set_xscale("log")
         _tidy(axes, title, "FLOPs for a text, adaptation included", "")
@@ -241,12 +233,14 @@ def picture(results: Sequence[dict[str, Any]], out: Path) -> None:
     figure.savefig(out)
 
 
-def _interval(results: Sequence[dict[str, Any]], way: str, measure: str) -> Interval:
-    return bootstrap(pooled(results, way, measure), [_mean])[0]
+def _interval(results: Sequence[dict[str, Any]], way: str, measure: str) -> Interval | None:
+    """None where there is nothing to count, as in texts without a word."""
+    sums = pooled(results, way, measure)
+    return bootstrap(sums, [_mean])[0] if sums.count.sum() else None
 
 
-def _percent(interval: Interval) -> Interval:
-    return interval.scaled(100.0)
+def _percent(interval: Interval | None) -> Interval | None:
+    return interval and interval.scaled(100.0)
 
 
 def _named(way: str, results: Sequence[dict[str, Any]]) -> str:

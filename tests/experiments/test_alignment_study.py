@@ -1,0 +1,99 @@
+"""The study of alignment: how cells are pooled, what is said of them, and one run of it all."""
+
+import random
+
+import numpy as np
+import pytest
+
+import tiny
+from calm.alignment import CONTROLS
+from calm.errors import UsageError
+from calm.experiments import studies
+from calm.experiments.alignment import against, picture, pooled, summary_of, verdict
+from calm.experiments.study import Request
+
+WAYS = ("standard", "aligned", *CONTROLS)
+
+
+def result(steps, seed, gains):
+    """A cell of 40 prompts, in which a way's texts score its gain above the standard ones, with some noise."""
+    draw = np.random.default_rng(seed)
+    base = draw.normal(size=40)
+
+    def way(number, name):
+        scores = base + gains.get(name, 0.0) + 0.1 * draw.normal(size=40)
+        share = np.stack([np.full(40, 3.0), np.full(40, 30.0 + number)], axis=1).tolist()
+        counted = {"repeated": share, "concept words": share, "function words": share}
+        judged = np.stack([scores, np.ones(40)], axis=1).tolist()
+        flops = 1e9 * (1 if name in ("standard", "steering") else steps)
+        return {"flops": flops, "reward": [0.0] * 40, "judge": judged, "fluency": judged, **counted}
+
+    facts = dict(concept="war", chunks_found=9, classifier_area=0.9, texts_of_best=4, fluency_of="bits/byte by the judge")
+    numbers = dict(reward_before=0.0, reward_after=0.5, drift=0.1)
+    return {"steps": steps, "seed": seed, **facts, **numbers, "ways": {name: way(i, name) for i, name in enumerate(WAYS)}}
+
+
+def test_ways_are_compared_prompt_by_prompt_over_all_cells():
+    results = [result(3, seed, {"aligned": 1.0, "best of S": 0.4}) for seed in (0, 1)]
+    sums = pooled(results, "aligned", "judge")
+    assert sums.count.tolist() == [2] * 40
+    np.testing.assert_allclose(sums.total[:, 0], sum(np.array(r["ways"]["aligned"]["judge"])[:, 0] for r in results))
+    interval = against(results, "aligned", "standard")
+    assert interval.low < 1.0 < interval.high and interval.high - interval.low < 0.2 and interval.units == 40
+    assert against(results, "shuffled reward", "standard").low < 0.05
+
+
+@pytest.mark.parametrize(
+    ("gains", "said"),
+    [
+        ({"aligned": 1.0, "best of S": 0.2}, "Weight updates beat the best of 4 texts at equal FLOPs: 0."),
+        ({"aligned": 0.2, "best of S": 1.0}, "Weight updates lose to the best of 4 texts at equal FLOPs: -0."),
+        ({}, "Weight updates do not differ from the best of 4 texts at equal FLOPs"),
+    ],
+)
+def test_it_is_said_plainly_whether_weight_updates_beat_best_of_s(gains, said):
+    assert said in verdict([result(3, 0, gains)])
+
+
+def test_the_table_has_every_way_and_the_picture_is_drawn(tmp_path):
+    results = [result(steps, 0, {"aligned": 1.0}) for steps in (1, 3)]
+    text = summary_of(results, "align")
+    assert all(f"\n{name}" in text for name in ("standard", "aligned", "best of 4", "steering")) and "3 inner steps" in text
+    assert text.count("Weight updates beat") == 2
+    picture(results, tmp_path / "gain.png")
+    assert (tmp_path / "gain.png").stat().st_size > 5000
+
+
+def test_a_study_without_a_model_and_concepts_of_one_name_are_refused(tmp_path):
+    study = studies.get("align")
+    with pytest.raises(UsageError, match="needs --model"):
+        study.run(Request(name="align", out=tmp_path, data="data"))
+    with pytest.raises(UsageError, match="two concepts begin with the same word"):
+        study.run(Request(name="align", out=tmp_path, data="data", model="runs/lm", concepts=("war,army", "war,peace")))
+    code, found, _ = tiny.calm("experiment", "stems", "--data", "x", "--out", str(tmp_path), "--concept", "war")
+    assert code == 2 and "has no use for --concept" in found["error"]
+
+
+@pytest.mark.slow
+def test_a_cell_runs_once_and_is_read_back(tiny_runs, tmp_path):
+    draw = random.Random(0)
+    (tmp_path / "text").mkdir()
+    for name in ("train", "valid", "test"):  # stretches with the concept and stretches without
+        kinds = [draw.choice((["king", "road"], ["cat", "dog"])) for _ in range(40)]
+        lines = [f"The {draw.choice(kind)} sees the {draw.choice(['river', 'stone'])}." for kind in kinds for _ in range(12)]
+        (tmp_path / "text" / f"{name}.txt").write_text(" ".join(lines))
+    data, out = str(tmp_path / "data"), tmp_path / "study"
+    tokenizer = str(tiny_runs / "data" / "tokenizer.json")
+    tiny.run("data", "prepare", "--source", str(tmp_path / "text"), "--out", data, "--tokenizer", tokenizer)
+    words = ["experiment", "align", "--data", data, "--model", str(tiny_runs / "lm"), "--concept", "king,road", "--texts", "2"]
+    words += ["--out", str(out), "--only", "king-steps-1"]
+    first = tiny.run(*words)
+    (cell,) = first["results"]
+    assert cell["cell"] == "king-steps-1" and set(cell["ways"]) == set(WAYS) and cell["texts_of_best"] >= 1
+    assert all(len(way["judge"]) == 2 for way in cell["ways"].values()) and len(set(cell["example"].values())) > 1
+    assert (out / "align.png").is_file() and "Weight updates" in (out / "align.md").read_text()
+    before = (out / "king-steps-1" / "seed-0" / "result.json").stat().st_mtime_ns
+    assert tiny.run(*words)["summary"] == first["summary"]
+    assert (out / "king-steps-1" / "seed-0" / "result.json").stat().st_mtime_ns == before
+    code, found, _ = tiny.calm(*words[:-2], "--only", "king-steps-1", "--split", "valid")
+    assert code == 2 and "other settings" in found["error"]
