@@ -1,10 +1,12 @@
 """Two trained models of one tokenizer at work on one text: a token model, and CALM, which writes chunks.
 
-`generate` lets CALM draft what the token model writes (`calm.sampling.drafting`); `measure` says what that is worth.
+`generate` lets CALM draft what the token model writes (`calm.sampling.drafting`), or lets a router give each chunk to one of
+the two (`calm.sampling.routing`); `measure` says what drafts are worth, `train_routing` what routing is.
 """
 
 import dataclasses
 import functools
+import json
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -13,17 +15,26 @@ from typing import Any, Literal
 
 import jax
 import numpy as np
+from safetensors.numpy import load_file, save_file
 
 from calm import bundle
 from calm.errors import UsageError
+from calm.interop.weights import build_with_weights, flat_weights
+from calm.metrics.flops import next_vector_inference
 from calm.models import NextVector, TokenLM
+from calm.models.router import Router, RouterConfig
+from calm.report.routing import RoutingReport
 from calm.report.tables import table
 from calm.rng import row_keys, stream
 from calm.sampling import SpecialIds
 from calm.sampling import generate as generate_tokens
 from calm.sampling.drafting import Drafting, alone, checked_models, cost, draft, sum_of
+from calm.sampling.routing import route
 from calm.sampling.softmax import SoftmaxSampler
 from calm.stages import validation_blocks
+from calm.text.writer import write_whole
+from calm.train.evaluate import text_protocol
+from calm.train.router import SHARES, RouterTraining, measure_routing, score_chunks, thresholds, train_router
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,32 +59,38 @@ class Pair:
         *,
         max_tokens: int = 128,
         drafting: Drafting | None = None,
+        routing: "Routing | None" = None,
         law: SoftmaxSampler | None = None,
         ban: Sequence[str | int] = (),
         seed: int = 0,
     ) -> dict[str, Any]:
-        """Continues each prompt as the token model would, in fewer passes of it; the empty prompt is unconditional.
+        """Continues each prompt as the token model would, in fewer passes of it; with `routing`, by both models in turns. The
+        empty prompt is unconditional.
 
-        Returns texts, tokens (counts), ended, and work (`calm.sampling.drafting.Work`).
+        Returns texts, tokens (counts), ended, and work: `calm.sampling.drafting.Work`, or who wrote how many chunks.
         """
         ids = [self.token.tokenizer.encode(prompt) for prompt in prompts]
-        result = draft(
-            *self.models,
-            ids,
-            row_keys(jax.random.key(seed), len(ids)),
+        options: dict[str, Any] = dict(
             special=self.token.tokenizer,
             max_tokens=max_tokens,
-            drafting=drafting,
             law=law or SoftmaxSampler(),
             context=self.block_tokens,
             banned=[self.token.banned_id(each) for each in ban],
         )
+        keys = row_keys(jax.random.key(seed), len(ids))
+        if routing is None:
+            result = draft(*self.models, ids, keys, drafting=drafting, **options)
+            work: dict[str, Any] = result.work.to_dict()
+        else:
+            routing.check(self)
+            result = route(*self.models, routing.router, ids, keys, threshold=routing.threshold, **options)
+            work = {"chunks": result.chunks.tolist(), "by_tokens": result.by_tokens.tolist()}
         rows = zip(result.tokens, result.lengths, strict=True)
         return {
             "texts": [self.token.tokenizer.decode(row[:length]) for row, length in rows],
             "tokens": result.lengths.tolist(),
             "ended": result.ended.tolist(),
-            "work": result.work.to_dict(),
+            "work": work,
         }
 
 
@@ -206,3 +223,126 @@ def drafting_table(result: dict[str, Any]) -> str:
         f"{told['data']} {told['split']}, K = {told['chunk_size']}, seed {told['seed']}; medians over the prompts"
     )
     return table(header, cells) + "\n" + line
+
+
+# -- routing ----------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Routing:
+    """A router, and where it stands."""
+
+    router: Router
+    threshold: float
+    """the gap above which the token model writes"""
+    tokenizer: str
+    """fingerprint of the tokenizer of both models"""
+    chunk_size: int
+    """of the CALM model whose hidden states it reads"""
+
+    def check(self, pair: Pair) -> None:
+        """Raises UsageError where it was trained for other models."""
+        size, fingerprint = pair.latent.chunk_size, pair.latent.tokenizer.fingerprint
+        if self.chunk_size != size:
+            raise UsageError(f"router: trained for chunks of K = {self.chunk_size} tokens, this model's have {size}")
+        if self.tokenizer != fingerprint:
+            raise UsageError(
+                f"router: trained with another tokenizer (fingerprint {self.tokenizer}, the models' {fingerprint})"
+            )
+
+
+def route_costs(pair: Pair, router: RouterConfig, context: int) -> tuple[float, float]:
+    """FLOPs per token of a chunk that CALM writes, and of one that the token model writes, behind `context` tokens.
+
+    CALM reads every chunk, as the router needs its hidden state; the token model reads every token, as its turn may come. So
+    the first saves the token model's logits alone, and in steps one after the other K - 1 of K.
+    """
+    token_lm, proposer = pair.models
+    lm, codec, size = proposer.lm.config, proposer.autoencoder.config, proposer.chunk_size
+    alone_calm = next_vector_inference(lm, codec, context // size)
+    encoder = codec.encoder_flops() if lm.stem != "discrete" else 0
+    always = alone_calm.backbone + (encoder + router.flops()) / size
+    position, logits = token_lm.config.flops(context), 2 * token_lm.config.width * token_lm.config.vocab_size
+    return always + alone_calm.head + alone_calm.writing + position - logits, always + position
+
+
+def train_routing(
+    pair: Pair,
+    *,
+    data: str | None = None,
+    split: str = "valid",
+    train_tokens: int = 65_536,
+    max_tokens: int | None = 65_536,
+    num_samples: int = 8,
+    shares: Sequence[float] = SHARES,
+    training: RouterTraining | None = None,
+    seed: int = 0,
+) -> tuple[Router, dict[float, float], RoutingReport]:
+    """Fits a router on the beginning of the train split, sets its thresholds there, and scores every one on `split`.
+
+    Raises:
+        UsageError: the train split as the one to be scored on; too little text.
+    """
+    if split == "train":
+        raise UsageError("routing: the train split is what the router is fitted on; score it on valid or test")
+    training = training or RouterTraining()
+    opened, models = pair.token.prepared_data(data), pair.models
+    size, length = pair.latent.chunk_size, pair.block_tokens
+    key = stream(jax.random.key(seed), "routing")
+
+    def scored(name: str, tokens: int | None) -> Any:
+        blocks, documents = validation_blocks(opened, length, name, tokens)
+        return score_chunks(*models, blocks, stream(key, name), num_samples=num_samples), documents
+
+    fit, _ = scored("train", train_tokens)
+    router = train_router(fit, key, training)
+    at = thresholds(router, fit, shares)
+    held, documents = scored(split, max_tokens)
+    report = measure_routing(
+        router,
+        held,
+        documents,
+        at,
+        costs=route_costs(pair, router.config, length),
+        measure=training.measure,
+        text=text_protocol(opened, split, block_tokens=length, chunk_size=size, seed=seed),
+    )
+    return router, at, report
+
+
+def save_routing(folder: str | Path, pair: Pair, router: Router, at: dict[float, float], measure: str) -> None:
+    """Leaves a router in `router.safetensors` and what it is in `router.json`."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(flat_weights(router), folder / "router.safetensors")
+    told = {
+        "config": dataclasses.asdict(router.config),
+        "measure": measure,
+        "chunk_size": pair.latent.chunk_size,
+        "tokenizer": pair.latent.tokenizer.fingerprint,
+        "thresholds": {str(share): threshold for share, threshold in at.items() if 0 < share < 1},
+    }
+    write_whole(folder / "router.json", json.dumps(told, indent=2) + "\n")
+
+
+def load_routing(folder: str | Path, share: float) -> Routing:
+    """A saved router at the threshold for a share of the token model, between those that were set by straight lines.
+
+    Raises:
+        UsageError: no router there, or a share outside 0..1.
+    """
+    path = Path(folder) / "router.json"
+    if not path.is_file():
+        raise UsageError(f"{path}: no such file; calm dual route TOKEN_RUN CALM_RUN --out FOLDER makes one")
+    if not 0 <= share <= 1:
+        raise UsageError(f"router: the token model's share must lie between 0 and 1, got {share}")
+    told = json.loads(path.read_text(encoding="utf-8"))
+    known = sorted((float(share), threshold) for share, threshold in told["thresholds"].items())
+    ends = {0.0: float("inf"), 1.0: float("-inf")}
+    if share not in ends and not known:
+        raise UsageError(f"{path}: holds no thresholds between 0 and 1; make it with --shares 0 0.25 0.5 0.75 1, for example")
+    shares, cuts = [each for each, _ in known], [threshold for _, threshold in known]
+    threshold = ends[share] if share in ends else float(np.interp(share, shares, cuts))
+    config, weights = RouterConfig(**told["config"]), load_file(Path(folder) / "router.safetensors")
+    router = build_with_weights(config, weights, precision="float32", where=str(folder))
+    return Routing(router=router, threshold=threshold, tokenizer=told["tokenizer"], chunk_size=told["chunk_size"])

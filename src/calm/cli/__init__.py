@@ -44,6 +44,7 @@ VERBS = {
     "generate": Verb("generate", "Generate", "continue prompts, streaming chunk by chunk"),
     "dual generate": Verb("dual", "DualGenerate", "let CALM draft what a token model writes; nothing is lost"),
     "dual measure": Verb("dual", "DualMeasure", "drafting beside the token model alone: tokens a pass, a second, FLOPs"),
+    "dual route": Verb("dual", "DualRoute", "fit a router that gives each chunk to one of two models, and score it"),
     "frontier": Verb("frontier", "Frontier", "accuracy against collision over temperatures and numbers of candidates"),
     "import official": Verb("import_model", "ImportOfficial", "read a published PyTorch checkpoint into a folder of ours"),
     "inspect autoencoder": Verb("inspect", "InspectAutoencoder", "look at latents: noise, KL, spread, smoothness"),

@@ -1,4 +1,4 @@
-"""`calm dual generate|measure TOKEN_RUN CALM_RUN`: two models of one tokenizer at work on one text."""
+"""`calm dual generate|measure|route TOKEN_RUN CALM_RUN`: two models of one tokenizer at work on one text."""
 
 import dataclasses
 from pathlib import Path
@@ -6,11 +6,14 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from calm.errors import UsageError
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DualGenerate:
     """Continues prompts as the token model would, in fewer passes of it: CALM drafts a chunk, the token model reads it at once
-    and keeps what its own law allows. The text's law is the token model's, exactly."""
+    and keeps what its own law allows. The text's law is the token model's, exactly. With --router, each chunk is written by one
+    of the two instead."""
 
     token: Annotated[str, tyro.conf.Positional]
     """The run folder of a token model, which decides."""
@@ -27,6 +30,10 @@ class DualGenerate:
     """How many latents are drawn for a chunk; drafts come from the mixture of what they say."""
     boundaries: Literal["kept", "moved"] = "kept"
     """Where CALM goes on after a rejection: in the chunk that it was in, or at a new one, out of K states kept."""
+    router: str | None = None
+    """A folder that `calm dual route` wrote: no drafts, the router says who writes a chunk."""
+    share: float | None = None
+    """With --router: the share of chunks that the token model is to write."""
     temperature: str = "1"
     """Of the token model's softmax, above 0: 0.7, 1/3 ..."""
     top_k: int | None = None
@@ -45,12 +52,18 @@ class DualGenerate:
         from calm.sampling.speculation import Drafting
 
         drafting = Drafting(rule=self.rule, num_latents=self.latents, boundaries=self.boundaries)
+        if (self.router is None) != (self.share is None):
+            raise UsageError("--router and --share go together: a folder of calm dual route, and the token model's share")
+        if self.router is not None and drafting != Drafting():
+            raise UsageError("--router writes without drafts; leave out --rule, --latents and --boundaries")
+        routing = None if self.router is None or self.share is None else dual.load_routing(self.router, self.share)
         law = softmax_sampler(self.temperature, top_k=self.top_k, top_p=self.top_p, min_p=self.min_p)
         prompts = list(self.prompt) or [""]
         result = dual.load(self.token, self.latent).generate(
             prompts,
             max_tokens=self.max_tokens,
             drafting=drafting,
+            routing=routing,
             law=law,
             ban=[int(each[1:]) if each[:1] == "#" and each[1:].isdecimal() else each for each in self.ban],
             seed=self.seed,
@@ -60,6 +73,9 @@ class DualGenerate:
     def show(self, result: dict[str, Any]) -> str:
         pairs = zip(result["prompts"], result["texts"], strict=True)
         work = result["work"]
+        if self.router is not None:
+            told = f"{sum(work['by_tokens'])} of {sum(work['chunks'])} chunks by the token model"
+            return "\n\n".join([*(prompt + text for prompt, text in pairs), told])
         told = f"{work['tokens_per_pass']:.2f} tokens a pass of the token model, {work['acceptance']:.0%} of the drafts kept"
         return "\n\n".join([*(prompt + text for prompt, text in pairs), told])
 
@@ -128,6 +144,64 @@ class DualMeasure:
         from calm import dual
 
         return dual.drafting_table(result)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DualRoute:
+    """Fits a router that gives each chunk to CALM or to the token model, by how much worse CALM is expected to do on it, and
+    scores it on held-out text at every share: FLOPs and steps per token, nats per token, BrierLM."""
+
+    token: Annotated[str, tyro.conf.Positional]
+    """The run folder of a token model."""
+    latent: Annotated[str, tyro.conf.Positional]
+    """The run folder of a language model of chunks on the same tokenizer."""
+    measure: Literal["nats", "brier"] = "nats"
+    """The error whose difference is foretold."""
+    shares: tuple[float, ...] = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+    """Shares of chunks for the token model; their thresholds are set on the train split."""
+    steps: int = 600
+    """Steps of the router's training."""
+    train_tokens: int = 65_536
+    """Fit on so many tokens of the train split."""
+    max_tokens: int | None = 65_536
+    """Score on so many tokens of the split."""
+    num_samples: int = 8
+    """Latents behind CALM's nats, and continuations behind the Brier scores."""
+    data: str | None = None
+    """Prepared data; without it, the data that the token model was trained on."""
+    split: str = "valid"
+    """valid or test."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    seed: int = 0
+    out: str | None = None
+    """A folder for the router, routing.json, routing.md and routing.png; without it, nothing is written."""
+
+    def run(self) -> dict[str, Any]:
+        from calm import dual
+        from calm.report.routing import routing_curves
+        from calm.train.router import RouterTraining
+
+        training = RouterTraining(measure=self.measure, steps=self.steps)
+        pair = dual.load(self.token, self.latent, precision=self.precision)
+        router, at, report = dual.train_routing(
+            pair,
+            data=self.data,
+            split=self.split,
+            train_tokens=self.train_tokens,
+            max_tokens=self.max_tokens,
+            num_samples=self.num_samples,
+            shares=self.shares,
+            training=training,
+            seed=self.seed,
+        )
+        if self.out is not None:
+            dual.save_routing(self.out, pair, router, at, self.measure)
+            routing_curves(report, Path(self.out) / "routing.png")
+        _written(self.out, "routing", report.to_dict(), report.table())
+        return {"routing": report}
+
+    def show(self, result: dict[str, Any]) -> str:
+        return result["routing"].table()
 
 
 def _written(out: str | None, name: str, result: dict[str, Any], text: str) -> None:

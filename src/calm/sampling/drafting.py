@@ -69,7 +69,7 @@ class Work:
         """Share of the drafted tokens that was kept. Drafts behind a rejected one count as not kept."""
         return self.accepted / self.proposed
 
-    def to_dict(self) -> dict[str, float]:
+    def to_dict(self) -> dict[str, int | float]:
         return {**dataclasses.asdict(self), "tokens_per_pass": self.tokens_per_pass, "acceptance": self.acceptance}
 
 
@@ -101,7 +101,53 @@ def draft(
         UsageError: models that do not share a vocabulary, prompts that do not fit, a proposer that is no next-vector model.
     """
     target, proposer = checked_models(target, proposer)
-    vocab_size, size = target.vocab_size, proposer.chunk_size
+    laid = lay_out(proposer, prompts, keys, special, max_tokens, context)
+    every = jnp.arange(target.vocab_size, dtype=jnp.int32)
+    models = (Model(*nnx.split(target)), Model(*nnx.split(proposer)))
+    weights = tuple(steps.prepare(model, every, jnp.int32(special.end_id)) for model in models)
+    tokens, lengths, ended, counts = jax.device_get(
+        run(
+            drafting or Drafting(),
+            law,
+            laid.layout,
+            models,
+            weights,
+            mask_of(target.vocab_size, special, banned),
+            keys,
+            laid.texts,
+            laid.lengths,
+            jnp.int32(max_tokens),
+        )
+    )
+    tokens = tokens[:, :max_tokens]
+    tokens = np.where(np.arange(max_tokens) < lengths[:, None], tokens, special.end_id)
+    totals = {name: int(np.sum(value)) for name, value in counts._asdict().items()}
+    return Drafted(
+        tokens=tokens,
+        lengths=np.minimum(lengths, max_tokens),
+        ended=ended & (lengths < max_tokens),
+        work=Work(tokens=totals["accepted"] + totals["passes"], **totals),
+    )
+
+
+class Laid(NamedTuple):
+    """Prompts as a compiled loop takes them."""
+
+    layout: Layout
+    texts: Int[Array, "B T"]
+    lengths: Int[Array, "B"]
+
+
+def lay_out(
+    proposer: NextVector,
+    prompts: Sequence[Int[np.ndarray, "_"] | Sequence[int]],
+    keys: Array,
+    special: HasSpecialIds,
+    max_tokens: int,
+    context: int | None,
+) -> Laid:
+    """Prompts, right-aligned behind begin ids, with room for what is written. Raises UsageError for what does not fit."""
+    vocab_size, size = proposer.vocab_size, proposer.chunk_size
     if not prompts:
         raise UsageError("no prompts: give at least one; an empty one is unconditional")
     if max_tokens < 1:
@@ -123,36 +169,11 @@ def draft(
     longest = _rounded(max(len(row) for row in rows))
     prompt_chunks = longest // size + 1
     start = (prompt_chunks + 1) * size + proposer.reach
-    layout = Layout(start, prompt_chunks, _rounded(max_tokens) + size + 1)
+    layout = Layout(start, prompt_chunks, _rounded(max_tokens) + 2 * size + 1)
     texts = np.full((len(rows), start + layout.capacity), special.begin_id, np.int32)
     for text, row in zip(texts, rows, strict=True):
         text[start - len(row) : start] = row
-    every = jnp.arange(vocab_size, dtype=jnp.int32)
-    models = (Model(*nnx.split(target)), Model(*nnx.split(proposer)))
-    weights = tuple(steps.prepare(model, every, jnp.int32(special.end_id)) for model in models)
-    tokens, lengths, ended, counts = jax.device_get(
-        run(
-            drafting or Drafting(),
-            law,
-            layout,
-            models,
-            weights,
-            _mask(vocab_size, special, banned),
-            keys,
-            jnp.asarray(texts),
-            jnp.asarray([len(row) for row in rows], jnp.int32),
-            jnp.int32(max_tokens),
-        )
-    )
-    tokens = tokens[:, :max_tokens]
-    tokens = np.where(np.arange(max_tokens) < lengths[:, None], tokens, special.end_id)
-    totals = {name: int(np.sum(value)) for name, value in counts._asdict().items()}
-    return Drafted(
-        tokens=tokens,
-        lengths=np.minimum(lengths, max_tokens),
-        ended=ended & (lengths < max_tokens),
-        work=Work(tokens=totals["accepted"] + totals["passes"], **totals),
-    )
+    return Laid(layout, jnp.asarray(texts), jnp.asarray([len(row) for row in rows], jnp.int32))
 
 
 def checked_models(target: Predictor, proposer: Predictor) -> tuple[TokenLM, NextVector]:
@@ -227,7 +248,7 @@ def _decoder_flops(lm: LatentLMConfig, proposer: NextVector, latents: int) -> tu
     return float(shared), float(writer.flops(*sizes, 1, lm.vocab_size, count) - shared)
 
 
-def _mask(vocab_size: int, special: HasSpecialIds, banned: Sequence[int]) -> Float[Array, "V"]:
+def mask_of(vocab_size: int, special: HasSpecialIds, banned: Sequence[int]) -> Float[Array, "V"]:
     """What is added to logits: minus infinity for what is never written."""
     for token in banned:
         if not 0 <= token < vocab_size:

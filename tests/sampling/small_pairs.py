@@ -1,0 +1,40 @@
+"""A token model and next-vector models of the same small vocabulary, random, but not deaf to what they read."""
+
+import functools
+
+from calm.autoencoder import AutoencoderConfig
+from calm.heads.energy import EnergyHeadConfig
+from calm.models import LatentLMConfig, NextVector, TokenLM, TokenLMConfig
+from calm.models.context_decoder import ContextDecoderConfig
+from calm.nn.backbone import BackboneConfig
+from calm.sampling import SpecialIds
+from random_models import random_model
+
+V, K = 6, 3
+SPECIAL = SpecialIds(begin_id=0, end_id=V, mask_id=1)  # no end: rows go on to the limit
+BACKBONE = BackboneConfig(dim=8, num_layers=1, num_heads=2, num_kv_heads=2, inner_dim=8)
+WRITERS = {
+    "none": None,
+    "both": ContextDecoderConfig(dim=8, inner_dim=8, num_layers=1, table_dim=6, window=5),
+    "hidden": ContextDecoderConfig(dim=8, inner_dim=8, num_layers=1, table_dim=6, window=1, use_latent=False),
+}
+
+
+@functools.cache
+def models(writer: str) -> tuple[TokenLM, NextVector]:
+    codec = random_model(AutoencoderConfig(vocab_size=V, chunk_size=K, latent_dim=4, dim=6, inner_dim=8), seed=1)
+    head = EnergyHeadConfig(num_blocks=1, noise_dim=4)
+    sizes = dict(vocab_size=V, chunk_size=K, latent_dim=4, backbone=BACKBONE, head=head)
+    lm = random_model(LatentLMConfig(**sizes, context_decoder=WRITERS[writer]), seed=2)
+    # random weights make little of hidden state and latent: what is drafted must hang on both
+    writer_from = [] if writer == "none" else [lm.context_decoder.from_hidden, lm.context_decoder.from_latent]
+    block = lm.head.blocks.layer
+    for factor, layers in (
+        (3.0, (block.from_hidden, block.down)),
+        (6.0, (lm.head.out, codec.decoder.from_latent, *writer_from)),
+    ):
+        for layer in filter(None, layers):
+            layer.kernel[...] *= factor
+    token_lm = random_model(TokenLMConfig(vocab_size=V, backbone=BACKBONE, tied=False), seed=3)
+    token_lm.head.table[...] *= 0.5
+    return token_lm, NextVector(codec, lm)

@@ -1,0 +1,93 @@
+"""Two models in turns: each chunk is what the model that the router names writes after the text before it."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from test_drafting import SPECIAL, K, models
+
+from calm.errors import UsageError
+from calm.models.router import Router, RouterConfig
+from calm.rng import row_keys
+from calm.sampling import SpecialIds, generate
+from calm.sampling.routing import route
+from calm.sampling.softmax import SoftmaxSampler
+from calm.text.chunking import chunk_prompt
+
+PROMPTS = [[2, 3, 4, 5, 2, 2, 3][:length] for length in (0, 1, 3, 7, 2, 5, 4, 6)]
+LENGTH, THRESHOLD = 12, 0.0
+
+
+def keys(rows: int = len(PROMPTS)):
+    return row_keys(jax.random.key(7), rows)
+
+
+def random_router(dim: int = 8) -> Router:
+    graph, params = nnx.split(RouterConfig(dim=dim, inner_dim=4).build(rngs=nnx.Rngs(0)))
+    leaves, tree = jax.tree.flatten(params)
+    noise = np.random.default_rng(1)
+    drawn = [jnp.asarray(noise.standard_normal(leaf.shape), jnp.float32) for leaf in leaves]
+    return nnx.merge(graph, jax.tree.unflatten(tree, drawn))
+
+
+def routed(threshold: float, writer: str = "hidden", special: SpecialIds = SPECIAL, **options):
+    options = dict(max_tokens=LENGTH, law=SoftmaxSampler(top_k=1), decoding="argmax") | options
+    return route(*models(writer), random_router(), PROMPTS, keys(), special=special, threshold=threshold, **options)
+
+
+@nnx.jit
+def hidden_at(predictor, chunks, at):
+    return predictor.hidden(chunks[None])[0][0, at]
+
+
+def test_every_chunk_is_that_of_the_model_whose_turn_it_is():
+    """Greedy, so that the text before a chunk decides it: each is written anew by one model, with that text for a prompt."""
+    token_lm, predictor = models("hidden")
+    router = random_router()
+    result = routed(THRESHOLD)
+    prefixes = [
+        [*prompt, *row[: K * chunk].tolist()]
+        for prompt, row in zip(PROMPTS, result.tokens, strict=True)
+        for chunk in range(LENGTH // K)
+    ]
+    options = dict(special=SPECIAL, max_tokens=K)
+    by = {
+        True: generate(token_lm, prefixes, keys(len(prefixes)), sampler=SoftmaxSampler(top_k=1), decoding="drawn", **options),
+        False: generate(predictor, prefixes, keys(len(prefixes)), decoding="argmax", **options),
+    }
+    turns = []
+    for number, prefix in enumerate(prefixes):
+        chunks = chunk_prompt(np.array(prefix, np.int32), K, SPECIAL.begin_id)
+        padded = jnp.asarray(np.pad(chunks, ((0, 10 - len(chunks)), (0, 0))))
+        turns.append(bool(router(hidden_at(predictor, padded, len(chunks) - 1)) > THRESHOLD))
+        row, chunk = divmod(number, LENGTH // K)
+        np.testing.assert_array_equal(result.tokens[row, K * chunk :][:K], by[turns[-1]].tokens[number], err_msg=str(prefix))
+    of_rows = np.array(turns).reshape(len(PROMPTS), -1)
+    np.testing.assert_array_equal(result.by_tokens, of_rows.sum(1))
+    assert (of_rows[:, :-2] & ~of_rows[:, 1:-1] & ~of_rows[:, 2:]).any()  # the token model waited for two chunks and more
+    assert (~of_rows[:, :-1] & of_rows[:, 1:]).any() and (of_rows[:, :-1] & of_rows[:, 1:]).any()
+
+
+def test_one_model_alone_writes_what_it_writes_without_a_router():
+    """Drawn, with the same keys, to an end token."""
+    token_lm, predictor = models("both")
+    special = SpecialIds(begin_id=0, end_id=5, mask_id=1)
+    options = dict(special=special, max_tokens=LENGTH - 1)
+    alone = {
+        float("inf"): generate(predictor, PROMPTS, keys(), decoding="drawn", **options),
+        float("-inf"): generate(token_lm, PROMPTS, keys(), sampler=SoftmaxSampler(), decoding="drawn", **options),
+    }
+    for threshold, plain in alone.items():
+        result = routed(threshold, "both", law=SoftmaxSampler(), decoding="drawn", **options)
+        for name in ("tokens", "lengths", "ended"):
+            np.testing.assert_array_equal(getattr(result, name), getattr(plain, name), err_msg=name)
+        assert set(result.by_tokens / result.chunks) == {float(threshold < 0)}
+    assert {bool(ended) for plain in alone.values() for ended in plain.ended} == {False, True}
+
+
+def test_a_router_of_other_hidden_states_is_refused():
+    with pytest.raises(UsageError, match="made for hidden states of width 9, this model's are 8 wide"):
+        route(*models("hidden"), random_router(9), [[2]], keys(1), special=SPECIAL, max_tokens=3, threshold=0.0)
+    with pytest.raises(UsageError, match="dim and inner_dim must be at least 1"):
+        RouterConfig(dim=0)
