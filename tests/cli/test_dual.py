@@ -64,6 +64,22 @@ def test_a_router_is_fitted_scored_saved_and_writes(pair, tmp_path):
         assert code == 2 and message in result["error"]
 
 
+def test_the_costs_of_routing_count_what_both_models_read(pair):
+    """CALM and router at every chunk, the token model at every token; a chunk by CALM saves the token model's logits alone."""
+    from calm import dual
+    from calm.metrics.flops import next_vector_inference
+    from calm.models.router import RouterConfig
+
+    both = dual.load(*pair)
+    token_lm, predictor = both.models
+    router, lm, size = RouterConfig(dim=16), predictor.lm.config, predictor.chunk_size
+    parts = next_vector_inference(lm, predictor.autoencoder.config, 64 // size)
+    position, logits = token_lm.config.flops(64), 2 * token_lm.config.width * token_lm.config.vocab_size
+    by_chunk, by_token = dual.route_costs(both, router, 64)
+    assert by_token == pytest.approx(parts.backbone + router.flops() / size + position)
+    assert by_chunk - by_token == pytest.approx(parts.head + parts.writing - logits)
+
+
 @pytest.mark.parametrize(
     ("order", "options", "message"),
     [
