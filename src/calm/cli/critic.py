@@ -69,5 +69,6 @@ class TrainCritic:
 
         if "report" not in result:
             return f"{result['critic']}: direction of {result['wanted']}, found in {result['chunks_found']} chunks of text"
-        report = CriticReport(**{**result["report"], "trajectories": tuple(result["report"]["trajectories"])})
+        values: dict[str, Any] = {**result["report"], "trajectories": tuple(result["report"]["trajectories"])}
+        report = CriticReport(**values)
         return f"{result['critic']}: {report.line()}"

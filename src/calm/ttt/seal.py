@@ -255,8 +255,9 @@ def _rewire(
 
     def one(chunks: Int[Array, "N K"], start: Int[Array, ""], key: PRNGKey) -> tuple[Rewired, Int[Array, ""]]:
         begun = begin(base, chunks, start, *sizes)
-        drift_noise = draw_noise(base, stream(key, "drift"), config.samples, 1).latent
-        assert drift_noise is not None
+        noise = draw_noise(base, stream(key, "drift"), config.samples, 1).latent
+        assert noise is not None
+        drift_noise = noise[0]
         no_change = config.fast.init(params, stream(key, "fast weights"))
         length = fast_weights.size_of(params, no_change)
 
@@ -271,7 +272,7 @@ def _rewire(
 
         def drift_of(predictor: NextVector, at: Any) -> Float[Array, ""]:
             there, here = (
-                model.lm.head(hidden[None], drift_noise[0][:, None])[:, 0]
+                model.lm.head(hidden[None], drift_noise[:, None])[:, 0]
                 for model, hidden in ((predictor, at.hidden), (base, begun.hidden))
             )
             return drift(there, here)
@@ -285,10 +286,13 @@ def _rewire(
             change, state, stopped = carry
             (_, reward), gradient = jax.value_and_grad(loss, has_aux=True)(change, stream(key, "rewire", step))
             updates, new_state = optimizer.update(gradient, state)
+            slope = fast_weights.length_of_step(change, gradient)
             if config.optimizer == "relative":
-                updates = jax.tree.map(lambda x: x * (length / fast_weights.length_of_step(change, gradient)), updates)
-            new = fast_weights.projected(optax.apply_updates(change, updates), limits.max_norm * length)
-            finite = jnp.isfinite(reward) & jnp.isfinite(fast_weights.norm(new))
+                unit = length / jnp.where(slope > 0, slope, 1.0)  # a slope of 0 is no step
+                updates = jax.tree.map(lambda x: x * unit, updates)
+            new: Change = jax.tree.map(jnp.add, change, updates)
+            new = fast_weights.projected(new, limits.max_norm * length)
+            finite = jnp.isfinite(reward) & jnp.isfinite(slope) & jnp.isfinite(fast_weights.norm(new))
             stop = stopped | ~finite | (reward >= limits.enough)
             if config.brakes.max_drift is not None:
                 stop |= drift_of(*model(new)) > limits.max_drift
@@ -304,7 +308,8 @@ def _rewire(
         # one after the other, so that what imagines is compiled once
         (before, after), (_, drifted) = jax.lax.map(measure, jax.tree.map(lambda *x: jnp.stack(x), no_change, change))
         norm = fast_weights.norm(change) / length
-        found = Rewired(change, rewards, before, after, drifted, norm, made.sum())
+        traced: Any = (change, rewards, before, after, drifted, norm, made.sum())
+        found = Rewired(*traced)
         return found, jnp.where(broken.any(), jnp.argmax(broken), -1)
 
     return _mapped(one, groups)
@@ -320,7 +325,8 @@ def _act(
         written = futures(
             predictor, begin(predictor, chunks, start, *sizes), draw_noise(predictor, key, *sizes), table, shift=shift
         )
-        return Acted(written.latents, written.chunks, critic(written.latents[:, None])[:, 0])
+        traced: Any = (*written, critic(written.latents[:, None])[:, 0])
+        return Acted(*traced)
 
     return _mapped(one, groups)
 

@@ -54,7 +54,8 @@ class CriticTraining:
 class Trajectories(NamedTuple):
     """Labelled texts as latents; `length` chunks of each row count."""
 
-    posterior: Gaussian
+    mean: Float[np.ndarray, "R N Z"]
+    log_std: Float[np.ndarray, "R N Z"]
     length: Int[np.ndarray, "R"]
     label: Float[np.ndarray, "R"]
     """1 = wanted"""
@@ -183,7 +184,7 @@ def _encoded(autoencoder: Autoencoder, rows: Sequence[tuple[np.ndarray, float]],
         parts.append([np.asarray(x)[: len(part)] for x in _posterior(graphdef, params, jnp.asarray(padded))])
     mean, log_std = (np.concatenate(each) for each in zip(*parts, strict=True))
     length = np.array([len(row) for row, _ in rows], np.int32)
-    return Trajectories(Gaussian(mean, log_std), length, np.array([label for _, label in rows], np.float32))
+    return Trajectories(mean, log_std, length, np.array([label for _, label in rows], np.float32))
 
 
 @partial(jax.jit, static_argnums=0)
@@ -193,8 +194,8 @@ def _posterior(graphdef: Any, params: Any, chunks: Int[Array, "R N K"]) -> Any:
 
 def _fit(train: Trajectories, chosen: Trajectories, options: CriticTraining) -> TrainedCritic:
     """AdamW on draws of the posteriors; of ten times along the way, the one that is best on `chosen`."""
-    counted = np.arange(train.posterior.mean.shape[1]) < train.length[:, None]
-    latents = train.posterior.mean[counted]
+    counted = np.arange(train.mean.shape[1]) < train.length[:, None]
+    latents = train.mean[counted]
     critic = _start(jax.random.key(options.seed), latents.mean(0), latents.std(0) + 1e-3, options.width)
     fixed = ("origin", "spread", "temperature")
     weights = {field.name: getattr(critic, field.name) for field in dataclasses.fields(critic) if field.name not in fixed}
@@ -206,7 +207,7 @@ def _fit(train: Trajectories, chosen: Trajectories, options: CriticTraining) -> 
     def some_steps(weights: Any, state: Any, key: PRNGKey, data: Trajectories) -> tuple[Any, Any]:
         def loss(weights: Any, key: PRNGKey) -> Float[Array, ""]:
             pick = jax.random.randint(stream(key, "rows"), (options.batch_size,), 0, len(data.label))
-            latents = Gaussian(data.posterior.mean[pick], data.posterior.log_std[pick]).sample(stream(key, "latents"))
+            latents = Gaussian(jnp.asarray(data.mean)[pick], jnp.asarray(data.log_std)[pick]).sample(stream(key, "latents"))
             logits = dataclasses.replace(critic, **weights).logit(latents, data.length[pick])
             return optax.sigmoid_binary_cross_entropy(logits, data.label[pick]).mean()
 
@@ -250,7 +251,7 @@ def _mean_logits(critic: TrainedCritic, latents: Array, length: Array) -> Float[
 
 def _logits(critic: TrainedCritic, data: Trajectories) -> Float[np.ndarray, "R"]:
     """Of posterior means."""
-    return np.asarray(_mean_logits(critic, jnp.asarray(data.posterior.mean), jnp.asarray(data.length)), np.float64)
+    return np.asarray(_mean_logits(critic, jnp.asarray(data.mean), jnp.asarray(data.length)), np.float64)
 
 
 # -- calibration ------------------------------------------------------------------------------------------------------
