@@ -104,6 +104,18 @@ def test_what_stops_being_finite_ends_in_one_line_and_leaves_the_model(predictor
         again(predictor, ConceptCritic(jnp.zeros(Z), jnp.full(Z, 1e30)))
     for one, two in zip(before, jax.tree.leaves(nnx.state(predictor)), strict=True):
         np.testing.assert_array_equal(one, two)
+    flat = again(predictor, ConceptCritic(jnp.zeros(Z), jnp.zeros(Z)))  # nothing to climb: no step, and no error
+    assert not any(change.any() for change in flat.changes.values())
+
+
+def test_a_relative_step_is_as_long_as_its_rate_says_whatever_the_critic(predictor):
+    """One step of rate r, by critics that differ a thousandfold in steepness."""
+    for scale in (1.0, 1e3):
+        steep = ConceptCritic(jnp.zeros(Z), scale * concept().direction)
+        once = again(predictor, steep, rate=0.03, brakes=Brakes(max_drift=1.0, enough=None))
+        first = again(predictor, steep, rate=0.03, brakes=Brakes(max_drift=1.0, max_norm=0.03))
+        np.testing.assert_allclose(first.norm, 0.03, rtol=1e-3)
+        assert (once.norm > 0.03).all() and (once.norm <= 0.0901).all()
 
 
 @pytest.mark.slow
