@@ -2,16 +2,22 @@
 
 import functools
 
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
 from calm.autoencoder import AutoencoderConfig
 from calm.heads.energy import EnergyHeadConfig
 from calm.models import LatentLMConfig, NextVector, TokenLM, TokenLMConfig
 from calm.models.context_decoder import ContextDecoderConfig
 from calm.nn.backbone import BackboneConfig
 from calm.sampling import SpecialIds
+from calm.sampling.softmax import SoftmaxSampler
 from random_models import random_model
 
 V, K = 6, 3
 SPECIAL = SpecialIds(begin_id=0, end_id=V, mask_id=1)  # no end: rows go on to the limit
+MASK = np.where(np.isin(np.arange(V), [SPECIAL.begin_id, SPECIAL.mask_id]), -np.inf, 0.0)
 BACKBONE = BackboneConfig(dim=8, num_layers=1, num_heads=2, num_kv_heads=2, inner_dim=8)
 WRITERS = {
     "none": None,
@@ -38,3 +44,20 @@ def models(writer: str) -> tuple[TokenLM, NextVector]:
     token_lm = random_model(TokenLMConfig(vocab_size=V, backbone=BACKBONE, tied=False), seed=3)
     token_lm.head.table[...] *= 0.5
     return token_lm, NextVector(codec, lm)
+
+
+@nnx.jit
+def _logits(token_lm: TokenLM, tokens, at):
+    return token_lm.logits(token_lm.hidden(tokens[None, :, None])[0][0, at])
+
+
+def logits_behind(token_lm: TokenLM, text: list[int]) -> np.ndarray:
+    """Of the next token, the text being read at once from its begin id."""
+    tokens = np.array([SPECIAL.begin_id, *text])
+    return np.asarray(_logits(token_lm, jnp.asarray(np.pad(tokens, (0, 24 - len(tokens)))), len(tokens) - 1))
+
+
+def choose(law: SoftmaxSampler, logits: np.ndarray, numbers: np.ndarray) -> int:
+    """The token that two uniform numbers choose; with so few tokens the second one alone decides."""
+    weights = np.asarray(law.weights(jnp.asarray(logits + MASK, jnp.float32)[None])[0])
+    return int(np.searchsorted(np.cumsum(weights), numbers[1] * weights.sum(), side="right"))

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from known_law import chi_square
-from small_pairs import BACKBONE, SPECIAL, K, V, models
+from small_pairs import BACKBONE, MASK, SPECIAL, K, V, choose, logits_behind, models
 
 from calm.errors import UsageError
 from calm.heads.softmax import draw_places
@@ -106,12 +106,6 @@ def test_what_both_models_are_sure_of_alike_is_always_kept(writer, law, recipe):
     assert work.passes == ROWS * passes
 
 
-@nnx.jit
-def token_logits(token_lm: TokenLM, tokens, at):
-    """Logits behind place `at` of a padded text, which is read at once."""
-    return token_lm.logits(token_lm.hidden(tokens[None, :, None])[0][0, at])
-
-
 @functools.partial(nnx.jit, static_argnames="num_latents")
 def of_each_latent(predictor: NextVector, key, chunks, at, previous, targets, place, *, num_latents):
     """log p of the token at `place` of each target, for each of the latents drawn behind chunk `at` of a padded text."""
@@ -126,13 +120,6 @@ def twin(writer, law, recipe, prompt, key) -> tuple[list[int], dict[str, int]]:
     token_lm, predictor = models(writer)
     numbers = np.asarray(uniforms_of(key, LENGTH + K + 1).choice)
     text, written, counts = list(prompt), 0, dict(passes=0, proposed=0, accepted=0)
-    mask = np.zeros(V)
-    mask[[SPECIAL.begin_id, SPECIAL.mask_id]] = -np.inf
-
-    def choose(logits, number) -> int:
-        weights = np.asarray(law.weights(jnp.asarray(np.asarray(logits) + mask, jnp.float32)[None])[0])
-        return int(np.searchsorted(np.cumsum(weights), numbers[number, 1] * weights.sum(), side="right"))
-
     while written < LENGTH:
         known = written % K if recipe.boundaries == "kept" else 0
         boundary = len(text) - known
@@ -145,18 +132,18 @@ def twin(writer, law, recipe, prompt, key) -> tuple[list[int], dict[str, int]]:
         for place in range(K):
             targets = np.array([(chunk[:place] + [token] + [2] * K)[:K] for token in range(V)], np.int32)
             reads = (jnp.asarray(padded), len(chunks) - 1, previous, jnp.asarray(targets), place)
-            log_probs = np.asarray(of_each_latent(predictor, of_chunk, *reads, num_latents=recipe.num_latents)) + mask
+            log_probs = np.asarray(of_each_latent(predictor, of_chunk, *reads, num_latents=recipe.num_latents)) + MASK
             log_probs -= np.logaddexp.reduce(log_probs, axis=-1, keepdims=True)
             if place >= known:
-                chunk.append(choose(np.logaddexp.reduce(weights[:, None] + log_probs, axis=0), written + place - known))
+                chunk.append(
+                    choose(law, np.logaddexp.reduce(weights[:, None] + log_probs, axis=0), numbers[written + place - known])
+                )
             weights = weights + log_probs[:, chunk[place]]
         drafts = chunk[known:]
         kept = -1
         while kept < 0 or (kept < len(drafts) and token == drafts[kept]):
             kept += 1
-            sequence = np.array([SPECIAL.begin_id, *text])
-            logits = token_logits(token_lm, jnp.asarray(np.pad(sequence, (0, 20 - len(sequence)))), len(sequence) - 1)
-            token = choose(logits, written)
+            token = choose(law, logits_behind(token_lm, text), numbers[written])
             text.append(token)
             written += 1
         done = dict(passes=1, proposed=len(drafts), accepted=kept)

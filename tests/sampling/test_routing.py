@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from test_drafting import SPECIAL, K, models
+from small_pairs import SPECIAL, K, choose, logits_behind, models
 
 from calm.errors import UsageError
 from calm.models.router import Router, RouterConfig
@@ -13,6 +13,7 @@ from calm.rng import row_keys
 from calm.sampling import SpecialIds, generate
 from calm.sampling.routing import route
 from calm.sampling.softmax import SoftmaxSampler
+from calm.sampling.speculation import uniforms_of
 from calm.text.chunking import chunk_prompt
 
 PROMPTS = [[2, 3, 4, 5, 2, 2, 3][:length] for length in (0, 1, 3, 7, 2, 5, 4, 6)]
@@ -42,31 +43,29 @@ def hidden_at(predictor, chunks, at):
 
 
 def test_every_chunk_is_that_of_the_model_whose_turn_it_is():
-    """Greedy, so that the text before a chunk decides it: each is written anew by one model, with that text for a prompt."""
+    """Each is written anew by one model that reads all the text before it: the token model with the numbers of the place, CALM
+    as what is most probable, so that the text alone decides it."""
     token_lm, predictor = models("hidden")
-    router = random_router()
-    result = routed(THRESHOLD)
-    prefixes = [
-        [*prompt, *row[: K * chunk].tolist()]
-        for prompt, row in zip(PROMPTS, result.tokens, strict=True)
-        for chunk in range(LENGTH // K)
-    ]
-    options = dict(special=SPECIAL, max_tokens=K)
-    by = {
-        True: generate(token_lm, prefixes, keys(len(prefixes)), sampler=SoftmaxSampler(top_k=1), decoding="drawn", **options),
-        False: generate(predictor, prefixes, keys(len(prefixes)), decoding="argmax", **options),
-    }
-    turns = []
-    for number, prefix in enumerate(prefixes):
-        chunks = chunk_prompt(np.array(prefix, np.int32), K, SPECIAL.begin_id)
+    router, law = random_router(), SoftmaxSampler(temperature=1.5)
+    result = routed(THRESHOLD, law=law)
+    starts = [(row, chunk) for row in range(len(PROMPTS)) for chunk in range(LENGTH // K)]
+    before = [[*PROMPTS[row], *result.tokens[row, : K * chunk].tolist()] for row, chunk in starts]
+    by_chunk = generate(predictor, before, keys(len(before)), special=SPECIAL, max_tokens=K, decoding="argmax").tokens
+    turns = np.zeros((len(PROMPTS), LENGTH // K), bool)
+    for number, (row, chunk) in enumerate(starts):
+        text = list(before[number])
+        chunks = chunk_prompt(np.array(text, np.int32), K, SPECIAL.begin_id)
         padded = jnp.asarray(np.pad(chunks, ((0, 10 - len(chunks)), (0, 0))))
-        turns.append(bool(router(hidden_at(predictor, padded, len(chunks) - 1)) > THRESHOLD))
-        row, chunk = divmod(number, LENGTH // K)
-        np.testing.assert_array_equal(result.tokens[row, K * chunk :][:K], by[turns[-1]].tokens[number], err_msg=str(prefix))
-    of_rows = np.array(turns).reshape(len(PROMPTS), -1)
-    np.testing.assert_array_equal(result.by_tokens, of_rows.sum(1))
-    assert (of_rows[:, :-2] & ~of_rows[:, 1:-1] & ~of_rows[:, 2:]).any()  # the token model waited for two chunks and more
-    assert (~of_rows[:, :-1] & of_rows[:, 1:]).any() and (of_rows[:, :-1] & of_rows[:, 1:]).any()
+        turns[row, chunk] = router(hidden_at(predictor, padded, len(chunks) - 1)) > THRESHOLD
+        numbers = np.asarray(uniforms_of(keys()[row], LENGTH).choice)
+        if turns[row, chunk]:
+            for place in range(K * chunk, K * chunk + K):
+                text.append(choose(law, logits_behind(token_lm, text), numbers[place]))
+        written = text[-K:] if turns[row, chunk] else by_chunk[number]
+        np.testing.assert_array_equal(result.tokens[row, K * chunk :][:K], written, err_msg=str(before[number]))
+    np.testing.assert_array_equal(result.by_tokens, turns.sum(1))
+    assert (turns[:, 2:] & ~turns[:, 1:-1] & ~turns[:, :-2]).any()  # the token model waited for two chunks
+    assert (turns[:, :-1] & ~turns[:, 1:]).any() and (turns[:, :-1] & turns[:, 1:]).any()
 
 
 def test_one_model_alone_writes_what_it_writes_without_a_router():

@@ -54,10 +54,10 @@ def planted(rows: int, seed: int) -> ChunkScores:
     """The gap is a smooth function of two coordinates of the hidden state, and noise that none can foretell."""
     draw = np.random.default_rng(seed)
     hidden = draw.standard_normal((rows, 7, DIM)).astype(np.float32)
-    gap = np.tanh(hidden[..., 0]) + 0.5 * hidden[..., 1] - 0.4 + 0.5 * draw.standard_normal((rows, 7))
-    token = 3 + draw.random((rows, 7))
+    gap = 3 * (np.tanh(hidden[..., 0]) + 0.5 * hidden[..., 1] - 0.4 + 0.5 * draw.standard_normal((rows, 7)))
+    token = 9 + draw.random((rows, 7))
     brier = 0.1 + draw.random((2, rows, 7, 4)) * np.array([0.3, 0.1, 0.05, 0.02])
-    brier[1] += 0.1 * gap[..., None]
+    brier[1] += 0.03 * gap[..., None]
     return ChunkScores(hidden=hidden, nats=np.stack([K * (token + gap), K * token]), brier=brier, chunk_size=K)
 
 
@@ -77,7 +77,7 @@ def test_a_router_finds_the_gap_on_text_that_it_has_not_seen(found):
     foretold = np.asarray(router(jnp.asarray(held.hidden)))
     knowable = np.corrcoef((np.tanh(held.hidden[..., 0]) + 0.5 * held.hidden[..., 1]).ravel(), gap.ravel())[0, 1]
     assert report.correlation > 0.95 * knowable
-    assert abs(foretold.mean() - gap.mean()) < 0.1 and abs(foretold.std() / gap.std() - knowable) < 0.15  # in its own units
+    assert abs(foretold.mean() - gap.mean()) < 0.3 and abs(foretold.std() / gap.std() - knowable) < 0.15  # in its own units
     for point in report.points[1:-1]:
         assert abs(point.share - point.asked) < 0.08
         assert point.oracle_nats < point.nats.estimate < point.coin_nats
