@@ -183,7 +183,7 @@ def test_bad_words_end_in_one_line_and_code_two(capsys, words, message):
 def test_help_and_version(capsys):
     code, out, _ = call(capsys, "--help")
     assert code == 0 and all(name in out for name in cli.VERBS)
-    assert call(capsys, "train", "--help")[1].count("train ") == 3
+    assert call(capsys, "train", "--help")[1].count("train ") == 4
     code, out, _ = call(capsys, "probe", "--help")
     assert code == 0 and "Does what its words say." in out and "Optimiser steps." in out and "--config FILE" in out
     assert call(capsys, "--version")[1].startswith("calm ")
