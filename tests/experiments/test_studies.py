@@ -127,6 +127,8 @@ def test_every_study_is_made_of_runs_that_can_be_built(name, tmp_path):
         assert config.load(type(cell.run), [tmp_path / "config.toml"]) == cell.run
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_a_study_from_the_command_line(tiny_runs, tmp_path, monkeypatch):
     def cells(place: Place, budget: float | None) -> list[Cell]:
         return [Cell(name="token", run=token_run(tiny_runs)), Cell(name="calm", run=latent_run(tiny_runs), budget=budget)]

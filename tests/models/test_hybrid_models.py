@@ -55,7 +55,7 @@ def predictor(kind, backbone, silent=False):
     return NextVector(codec, numbers(LatentLMConfig(**sizes, backbone=backbone, head=head), silent))
 
 
-@pytest.mark.parametrize("kind", ["tokens", "latents"])
+@pytest.mark.parametrize("kind", ["latents", pytest.param("tokens", marks=pytest.mark.slow)])
 def test_a_silent_reasoner_writes_and_scores_as_the_stack_it_runs_twice(kind):
     blocks = np.random.default_rng(0).integers(0, 6, (2, 12))
     prompts, keys = [[1, 2, 3, 4, 5], [3]], row_keys(jax.random.key(3), 2)
