@@ -107,7 +107,7 @@ def test_what_is_no_critic_is_refused():
 
 
 def test_chunks_that_hold_a_part_of_a_word_are_found_whatever_the_tokenizer():
-    text = "A war is War; wars are not. Post-war new\n york"
+    text = "A war is War; wars are not. Post-war new\n york postwar"
     tokenizer = load_tokenizer("bytes")
     ids = tokenizer.encode(text)
     ids = np.pad(ids, (0, -len(ids) % 4), constant_values=32)

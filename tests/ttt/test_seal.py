@@ -160,6 +160,8 @@ def test_drift_is_nothing_between_equal_models_and_grows_with_the_distance():
     moved = [float(drift(base + shift, base)) for shift in (0.2, 1.0, 30.0)]
     assert 0 < moved[0] < moved[1] < moved[2] <= 1 and moved[2] > 0.9
     assert np.isfinite(jax.grad(lambda shift: drift(base + shift, base))(0.0))
+    one, two = jax.random.normal(jax.random.key(1), (2, 1000, 4, 4))  # small samples of one law: 0 on average
+    np.testing.assert_allclose(jax.vmap(drift)(one, two).mean(), 0, atol=0.03)
 
 
 def test_the_energy_of_text_under_the_base_model_is_a_number_for_each_text(predictor):
