@@ -108,7 +108,7 @@ class Planted(nnx.Module):
     def table(self):
         return self.autoencoder.table[...]
 
-    def init_state(self, batch, context, starts=None):
+    def init_state(self, batch, context, starts=None, *, rewindable=False):
         starts = jnp.zeros((batch,), jnp.int32) if starts is None else starts
         return State(jnp.zeros((), jnp.int32), starts, jnp.zeros((1, batch)))
 
