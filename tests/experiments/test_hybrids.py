@@ -1,6 +1,7 @@
 """The study of hybrids: models of one size, what their states weigh, and what its table says."""
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 
@@ -56,7 +57,7 @@ def recipe(tiny_runs):
 def test_the_cells_are_of_one_budget_and_of_one_size(recipe):
     base = recipe(None, 4)
     budget = autoencoder_flops(base) + 1e10
-    every = {cell.name: cell for cell in cells(Place("data", None), budget, recipe)}  # type: ignore[arg-type]
+    every = {cell.name: cell for cell in cells(Place("data", Path("out")), budget, recipe)}
     assert list(every) == ["A", "S", "H", "SH", "SHA", "C,H", "S-size", "H-size", "SH-size", "SHA-size", "C,H-size"]
     steps = sized(every["A"].run, budget).train.steps
     for name, cell in every.items():

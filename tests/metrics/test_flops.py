@@ -13,8 +13,10 @@ from calm.autoencoder import AutoencoderConfig
 from calm.heads import EnergyHeadConfig
 from calm.metrics.flops import CodecCost, NextVectorCost, Training, flops_line, next_vector_inference
 from calm.models import LatentLMConfig, NextVector
+from calm.models.token_lm import TokenLMConfig
 from calm.nn import BackboneConfig
 from calm.train.objective import AutoencoderObjective, LatentLossConfig, LatentObjective
+from calm.train.token_objective import TokenObjective
 
 LLAMA_3 = 128_257
 # CALM, arXiv:2510.27688: parameters without the autoencoder, FLOPs per generated token, FLOPs of training.
@@ -74,6 +76,18 @@ def test_xla_counts_the_same_in_training(loss):
     gradient = jax.grad(lambda *arguments: objective.loss(*arguments, jax.random.key(0), 0)[0])
     ours = ROWS * CHUNKS * 4 * objective.flops_per_token()
     assert counted_by_xla(gradient, params, objective.frozen, tokens) == pytest.approx(ours, rel=0.1)
+
+
+@pytest.mark.parametrize("gradient", ["one_step", "full"])
+def test_xla_counts_the_same_of_a_reasoner(gradient):
+    """Under the one-step gradient the first segments have no backward pass."""
+    backbone = BackboneConfig(dim=256, num_layers=2, pattern="HA", num_segments=3, reasoner_gradient=gradient)
+    objective = TokenObjective(TokenLMConfig(vocab_size=512, backbone=backbone), context=64)
+    params = jax.eval_shape(objective.init, jax.random.key(0))
+    tokens = jax.ShapeDtypeStruct((ROWS, 65), jnp.int32)
+    slope = jax.grad(lambda params, tokens: objective.loss(params, {}, tokens, jax.random.key(0))[0])
+    ours = ROWS * 64 * objective.flops_per_token()
+    assert counted_by_xla(slope, params, tokens) == pytest.approx(ours, rel=0.1)
 
 
 def test_xla_counts_the_same_for_the_autoencoder():

@@ -33,7 +33,13 @@ from calm.ttt.concept import chunks_with, parse_words
 from calm.ttt.seal import Acted, SealConfig
 from calm.ttt.text_judge import TextJudge, fit_judge
 
-CONCEPTS = ("war,army,battle,troops,soldiers", "album,song,music,band,songs", "game,team,season,players,league")
+CONCEPTS = (
+    "war,army,battle,troops,soldiers",
+    "album,song,music,band,songs",
+    "game,team,season,players,league",
+    "film,films,actor,scene,episode",
+    "river,island,mountain,lake,species",
+)
 STEPS = (1, 3, 10)
 BEST = "best of S"
 NOTHING_TO_SAY = Interval(estimate=float("nan"), low=float("nan"), high=float("nan"))

@@ -10,6 +10,7 @@ import dataclasses
 from calm import presets
 from calm.config import suggestion
 from calm.errors import UsageError
+from calm.experiments import reasoner_on_z
 from calm.experiments.alignment import AlignmentStudy
 from calm.experiments.hybrids import HybridStudy
 from calm.experiments.loss_kinds import LossKindStudy
@@ -140,6 +141,9 @@ STUDIES: dict[str, Study] = {
     ),
     "recipes": LanguageModelStudy(summary="what makes CALM learn at small scale, at K = 4", chunk_sizes=(4,), cells=_recipes),
     "stems": LanguageModelStudy(summary="what the backbone reads: tokens, latents or both", chunk_sizes=(4,), cells=_stems),
+    "reasoner-on-z": LanguageModelStudy(
+        summary="a model on latents whose backbone runs 1, 2, 3 times", chunk_sizes=(4,), cells=reasoner_on_z.cells
+    ),
     "memory": MemoryStudy(),
     "align": AlignmentStudy(),
     "losses": LossKindStudy(),

@@ -45,9 +45,17 @@ class LatentLMConfig:
 
     def flops(self, context: int, num_samples: int) -> int:
         """Forward FLOPs of one position: stem, backbone over `context` chunks, and `num_samples` samples of the head."""
+        return self.backbone.flops(context) + self._around_flops(num_samples)
+
+    def training_flops(self, context: int, num_samples: int) -> int:
+        """Forward and backward FLOPs of the same position."""
+        return self.backbone.training_flops(context) + 3 * self._around_flops(num_samples)
+
+    def _around_flops(self, num_samples: int) -> int:
+        """Forward, of stem and head."""
         dim = self.backbone.dim
         stem = ChunkCompression.flops(self.chunk_size, dim, self.latent_dim, self.stem)
-        return stem + self.backbone.flops(context) + self.head.flops(dim, self.latent_dim, num_samples)
+        return stem + self.head.flops(dim, self.latent_dim, num_samples)
 
     def writing_flops(self, num_samples: int) -> int:
         """Forward FLOPs of the context decoder at one position, for `num_samples` latents; 0 without one."""

@@ -55,9 +55,17 @@ class TokenLMConfig:
 
     def flops(self, context: int) -> int:
         """Forward FLOPs of one position: embedding, backbone over `context` tokens, logits."""
+        return self._around_flops() + self.backbone.flops(context)
+
+    def training_flops(self, context: int) -> int:
+        """Forward and backward FLOPs of one position."""
+        return 3 * self._around_flops() + self.backbone.training_flops(context)
+
+    def _around_flops(self) -> int:
+        """Forward, of what stands around the backbone."""
         dim = self.backbone.dim
         stem = dense_flops(self.width, dim) if self.width != dim else 0
-        return stem + self.backbone.flops(context) + SoftmaxHead.flops(self.vocab_size, dim, self.width)
+        return stem + SoftmaxHead.flops(self.vocab_size, dim, self.width)
 
 
 class TokenEmbedding(nnx.Module):

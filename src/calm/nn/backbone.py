@@ -159,13 +159,24 @@ class BackboneConfig:
 
     def flops(self, context: int) -> int:
         """Forward FLOPs of one position in a sequence of `context` positions."""
+        return self.num_segments * self._stack_flops(context) + (self.num_segments - 1) * self._controller_size(2)
+
+    def training_flops(self, context: int) -> int:
+        """Forward and backward FLOPs of one position. The backward pass costs twice the forward; under a reasoner's one-step
+        gradient it goes through the last segment and what the controller gave it, and not through the segments before."""
+        if self.num_segments == 1 or self.reasoner_gradient == "full":
+            return 3 * self.flops(context)
+        return self.flops(context) + 2 * (self._stack_flops(context) + self._controller_size(2))
+
+    def _stack_flops(self, context: int) -> int:
+        """Of one run of the stack, forward."""
         period = sum(
             sum(self.mixer(letter).flops(self.dim, context) for letter in group)
             + gate_flops(self.dim, len(group))
             + SwiGLU.flops(self.dim, self.inner_dim)
             for group in self.groups
         )
-        return self.num_segments * self.num_periods * period + (self.num_segments - 1) * self._controller_size(2)
+        return self.num_periods * period
 
     def _controller_size(self, of_weight: int) -> int:
         """Weights of the controller, or FLOPs, which are 2 for each weight of a product."""

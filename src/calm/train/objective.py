@@ -335,7 +335,7 @@ class LatentObjective:
     def flops_per_token(self) -> float:
         """Forward and backward FLOPs per token of the trained parts, and the frozen encoder's forward pass."""
         model, table, weigh = self.model, self.autoencoder, self.terms
-        position = model.flops(self.context, self.samples_needed)
+        position = 0
         if self.has_own_loss and weigh.own_weight:
             head: Any = model.head
             position += head.loss_flops(model.backbone.dim, model.latent_dim)
@@ -355,4 +355,5 @@ class LatentObjective:
         by_samples = weigh.energy_weight or weigh.slot_energy_weight or weigh.direction_weight
         aims = by_samples or weigh.anchor_weight or (self.has_own_loss and weigh.own_weight)
         encoded = bool(aims) + (model.stem != "discrete")
-        return (3 * position + encoded * table.encoder_flops()) / model.chunk_size
+        trained = model.training_flops(self.context, self.samples_needed) + 3 * position
+        return (trained + encoded * table.encoder_flops()) / model.chunk_size

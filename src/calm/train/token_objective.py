@@ -108,6 +108,6 @@ class TokenObjective:
         return loss, terms
 
     def flops_per_token(self) -> float:
-        """Forward and backward FLOPs per token; the backward pass counts twice the forward."""
+        """Forward and backward FLOPs per token."""
         flow = HiddenFlow.flops(self.model.backbone.dim) if self.terms.flow_weight else 0
-        return 3.0 * (self.model.flops(self.context) + flow)
+        return float(self.model.training_flops(self.context) + 3 * flow)
