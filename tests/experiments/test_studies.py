@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,8 @@ import tiny
 from calm.errors import UsageError
 from calm.experiments import runner, studies
 from calm.experiments.runner import Cell, autoencoder_flops, flops_per_token, grid, parse_axes, run_cells, sized, taken
-from calm.experiments.scoring import over_seeds, results_table
-from calm.experiments.study import LanguageModelStudy, Place, Request
+from calm.experiments.scoring import WRITING_COLUMNS, over_seeds, results_table
+from calm.experiments.study import LanguageModelStudy, Place, Request, _held_out
 from calm.models.token_lm import TokenLMConfig
 from calm.nn import BackboneConfig
 from calm.stages import LatentLMRun, TokenLMRun, load_run_config
@@ -125,6 +126,24 @@ def test_every_study_is_made_of_runs_that_can_be_built(name, tmp_path):
     for cell in cells:
         (tmp_path / "config.toml").write_text(config.to_toml(cell.run))
         assert config.load(type(cell.run), [tmp_path / "config.toml"]) == cell.run
+
+
+def test_what_cells_wrote_stands_beside_their_score_and_the_text_itself():
+    def writing(bits: float, repeated: float) -> dict:
+        return {"bits_per_byte": {"estimate": bits}, "repeated_4": {"estimate": repeated}, "distinct_2": 0.5}
+
+    def result(cell: str, brier_lm: float, bits: float) -> dict:
+        both = {cell: writing(bits, 0.125), "bigram": writing(9.0, 0.0), "held-out text": writing(1.5, 0.0625)}
+        return {"cell": cell, "brier_lm": brier_lm, "writing T=1": both, "writing T=.5": both}
+
+    results = [result("token", 2.0, 2.25), result("calm", 1.5, 3.25)]
+    text = results_table([*results, _held_out(results)], WRITING_COLUMNS)
+    rows = [re.split(r"\s{2,}", line.strip()) for line in text.splitlines()[2:]]
+    assert rows[0][:5] == ["token", "1", "2.000", "2.250", "12.500"]
+    assert rows[1][:5] == ["calm", "1", "1.500", "3.250", "12.500"]
+    assert rows[2][:5] == ["held-out text", "1", "-", "1.500", "6.250"]
+    unwritten = results_table([{"cell": "token", "brier_lm": 2.0}], WRITING_COLUMNS).splitlines()[2]
+    assert unwritten.split() == ["token", "1", "2.000", *["-"] * 6]
 
 
 @pytest.mark.slow

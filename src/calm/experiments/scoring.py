@@ -132,6 +132,32 @@ LANGUAGE_MODEL_COLUMNS: dict[str, Callable[[Mapping[str, Any]], float | None]] =
 }
 
 
+def _written(temperature: str, measure: str, factor: float = 1.0) -> Callable[[Mapping[str, Any]], float | None]:
+    """A column for what the cells wrote (`LanguageModelScore.texts`): a measure of `calm.report.quality.Writing`."""
+
+    def of(result: Mapping[str, Any]) -> float | None:
+        own = next(iter(result.get(f"writing {temperature}", {}).values()), {})  # the model's own texts stand first
+        value = own.get(measure)
+        value = value["estimate"] if isinstance(value, Mapping) else value
+        return None if value is None else factor * value
+
+    return of
+
+
+WRITING_COLUMNS: dict[str, Callable[[Mapping[str, Any]], float | None]] = {
+    "BrierLM": lambda result: result["brier_lm"],
+    **{
+        f"{temperature}: {name}": _written(temperature, measure, factor)
+        for temperature in ("T=1", "T=.5")
+        for name, measure, factor in (
+            ("judge's bits/byte", "bits_per_byte", 1.0),
+            ("repeated 4-grams %", "repeated_4", 100.0),
+            ("distinct-2 %", "distinct_2", 100.0),
+        )
+    },
+}
+
+
 def mean_report(folders: Sequence[Path]) -> BrierReport:
     """The scores of several seeds on the same blocks, as one: block by block their mean.
 

@@ -20,7 +20,7 @@ from calm.experiments.probes import ProbeStudy
 from calm.experiments.regularisers import RegulariserStudy
 from calm.experiments.runner import Cell
 from calm.experiments.study import LanguageModelStudy, Place, Study
-from calm.heads import EnergyHeadConfig, FlowHeadConfig, MixtureHeadConfig
+from calm.heads import DiffusionHeadConfig, EnergyHeadConfig, FlowHeadConfig, HeadConfig, MixtureHeadConfig
 from calm.models import LatentLMConfig
 from calm.models.context_decoder import ContextDecoderConfig
 from calm.stages import LatentLMRun, TokenLMRun
@@ -28,6 +28,12 @@ from calm.train.objective import LatentLossConfig
 from calm.train.settings import TrainConfig
 
 ROWS, NUM_TOKENS = 2, 512
+OTHER_HEADS: dict[str, HeadConfig] = {
+    "flow": FlowHeadConfig(),
+    "diffusion": DiffusionHeadConfig(),
+    "mixture": MixtureHeadConfig(),
+}
+"""heads with a loss of their own, which takes the place of the energy score"""
 RATES = {"token": 3e-3, "pure": 2e-3, "written": 6e-3}
 
 
@@ -113,12 +119,10 @@ def _recipes(place: Place, budget: float | None) -> list[Cell]:
         "slot-energy": pure_run(place, auxiliary_weight=1.0, slot_energy_weight=1.0),
         "samples-16": pure_run(place, auxiliary_weight=1.0, num_samples=16),
         "head-4-blocks": model(head=EnergyHeadConfig(num_blocks=4)),
-        "flow": dataclasses.replace(
-            model(head=FlowHeadConfig()), loss=LatentLossConfig(energy_weight=0.0, auxiliary_weight=1.0)
-        ),
-        "mixture": dataclasses.replace(
-            model(head=MixtureHeadConfig()), loss=LatentLossConfig(energy_weight=0.0, auxiliary_weight=1.0)
-        ),
+        **{
+            name: dataclasses.replace(model(head=head), loss=LatentLossConfig(energy_weight=0.0, auxiliary_weight=1.0))
+            for name, head in OTHER_HEADS.items()
+        },
         "written": written_run(place),
         "written-from-hidden": written_run(place, reads="hidden"),
         "written-from-both": written_run(place, reads="both"),

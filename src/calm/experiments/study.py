@@ -16,7 +16,14 @@ from calm import bundle, presets
 from calm import config as configuration
 from calm.errors import UsageError
 from calm.experiments.runner import RESULT, Cell, cell_folder, grid, run_cells, taken
-from calm.experiments.scoring import BRIER, LANGUAGE_MODEL_COLUMNS, LanguageModelScore, against, results_table
+from calm.experiments.scoring import (
+    BRIER,
+    LANGUAGE_MODEL_COLUMNS,
+    WRITING_COLUMNS,
+    LanguageModelScore,
+    against,
+    results_table,
+)
 from calm.report.scores import comparison_table
 from calm.stages import AutoencoderRun
 from calm.text.writer import write_whole
@@ -177,9 +184,18 @@ def summary_of(title: str, cells: Sequence[Cell], results: Sequence[dict[str, An
         results_table(results, LANGUAGE_MODEL_COLUMNS),
         "mean ± 95 % interval over seeds",
     ]
+    if any("writing T=1" in result for result in results):
+        parts.append(results_table([*results, _held_out(results)], WRITING_COLUMNS))
     if pairs:
         parts += [comparison_table(pairs), "paired bootstrap over the text, each cell the mean of its seeds"]
     return "\n\n".join(parts)
+
+
+def _held_out(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The text itself as a row beside what the cells wrote of it."""
+    first = next(result for result in results if "writing T=1" in result)
+    real = {name: {"text": first[name]["held-out text"]} for name in ("writing T=1", "writing T=.5")}
+    return {"cell": "held-out text", "brier_lm": None, **real}
 
 
 def _autoencoder(base: AutoencoderRun, place: Place, chunk_size: int) -> AutoencoderRun:
