@@ -21,6 +21,7 @@ SMALLER = {
     "generate": ["--max-tokens", "8", "--candidates", "4"],
     "align": "--samples 4 --chunks 4 --max-tokens 16".split(),  # what snippet 5 has compiled as well
     "quickstart": ["--source", "text/pile", "--max-tokens", "256"],
+    "experiment": ["--only", "SHA", "--max-tokens", "1024"],
 }
 
 
@@ -120,7 +121,7 @@ def test_what_runs_runs(from_scratch, tiny_runs, tmp_path, monkeypatch, tiny_pre
     commands = list(dict.fromkeys(sorted(commands, key=lambda command: not command.startswith("calm data prepare"))))
     for command in commands:
         words = cli._split_verb(shlex.split(command)[1:])[0]
-        fixed = words.startswith("train") or words == "quickstart" or "--out data/pile" in command
+        fixed = words.startswith("train") or words in ("quickstart", "experiment") or "--out data/pile" in command
         if from_scratch or not fixed:
             tiny.run(*[word for word in shlex.split(command)[1:] if word != "--json"], *SMALLER.get(words, []))
     for number, snippet in enumerate(blocks("python"), 1):

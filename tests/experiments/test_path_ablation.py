@@ -17,6 +17,7 @@ from calm.experiments.study import Request, Study
 from calm.models.token_lm import TokenLM, TokenLMConfig
 from calm.nn import BackboneConfig
 from calm.nn.taps import tapped
+from calm.report.ablation import ablation_csv, draw_ablation
 from calm.stages import LatentLMRun, TokenLMRun, load_run_config
 from calm.train.token_likelihood import token_likelihood
 
@@ -83,7 +84,7 @@ def test_the_cells_differ_in_pattern_and_segments():
     assert isinstance(AblationStudy(), Study) and studies.get("ablation") == AblationStudy()
 
 
-def test_the_two_kinds_are_told_apart():
+def test_the_two_kinds_are_told_apart(tmp_path):
     common = dict(protocol="text", unigram_nats=6.0, tokens=1e6)
     results = [
         {"cell": FULL, "seed": 0, "nats_per_token": 4.0, "masked": {"full": 4.0, "only S": 9.0}, **common},
@@ -96,6 +97,11 @@ def test_the_two_kinds_are_told_apart():
     row = next(line for line in masked.splitlines() if line.startswith("only S"))
     assert "9.250" in row and "5.000 ± 0.000" in row and row.endswith("9.81")
     assert summary_of("ablation", []) == "ablation: no cell is done yet"
+    rows = ablation_csv(results).splitlines()
+    assert rows[0] == "kind,cell,masked,seed,nats" and len(rows) == 1 + 3 + 4
+    assert "retrained,S,,0,4.250000" in rows and "masked at inference,SHA-3,only S,1,9.500000" in rows
+    draw_ablation(results, FULL, path_ablation.DESCRIBED, tmp_path / "ablation.png")
+    assert (tmp_path / "ablation.png").stat().st_size > 5000
 
 
 @pytest.fixture(scope="module")
@@ -121,4 +127,5 @@ def test_a_study_of_tiny_runs_has_both_kinds_and_is_read_back(tiny_cells, tmp_pa
     assert set(by_cell[FULL]["masked"]) >= set(path_ablation.DESCRIBED) and by_cell["A"]["masked"] == {}
     assert by_cell[FULL]["masked"]["full"] == by_cell[FULL]["nats_per_token"] > 0
     assert (tmp_path / "ablation.md").read_text() == first["summary"] + "\n"
+    assert (tmp_path / "results.csv").read_text() == ablation_csv(first["results"])
     assert AblationStudy().run(request) == first

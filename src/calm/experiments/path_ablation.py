@@ -25,8 +25,10 @@ from calm.experiments.study import OF_LANGUAGE_MODELS, Request
 from calm.models import TokenLM
 from calm.models.ngram import fit_ngrams
 from calm.nn.taps import Tap, mask_paths, replace_controller, shuffle_input, tapped
+from calm.report.ablation import ablation_csv, draw_ablation
 from calm.report.tables import table
 from calm.stages import validation_blocks
+from calm.text.writer import write_whole
 from calm.train.evaluate import score_ngram
 from calm.train.token_likelihood import token_likelihood
 
@@ -159,13 +161,17 @@ def ablation_score(folder: Path, score: LanguageModelScore) -> dict[str, Any]:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AblationStudy:
-    """The cells of this module, each scored whole, and those with all paths also with parts of them masked."""
+    """The cells of this module, each scored whole, and those with all paths also with parts of them masked: a table, every
+    number in `OUT/results.csv`, and a picture."""
 
     summary: str = "what the paths, the segments and the controller of a hybrid token model are worth, masked and retrained"
     options: frozenset[str] = frozenset(("data", "budget", "grid", "precision", "split", "max_tokens")) & OF_LANGUAGE_MODELS
 
     def run(self, request: Request) -> dict[str, Any]:
         _, results = trained(request, request.only)
+        if results:
+            write_whole(request.out / "results.csv", ablation_csv(results))
+            draw_ablation(results, FULL, DESCRIBED, request.out / f"{request.name}.png")
         return request.written(results, summary_of(f"{request.name}: {self.summary}", results))
 
 
