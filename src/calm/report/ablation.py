@@ -26,8 +26,8 @@ def ablation_csv(results: Sequence[Mapping[str, Any]]) -> str:
 
 
 def draw_ablation(results: Sequence[Mapping[str, Any]], whole: str, described: Mapping[str, float], path: Path) -> None:
-    """Left: every retrained cell. Right: the cell `whole` with parts masked, and what the description gives for the same. Dots are
-    seeds; a dotted line is the unigram's loss, above which a model is worse than one that reads nothing."""
+    """Left every retrained cell, right the cell `whole` with parts masked, and crosses for what the description gives for the
+    same. Dots are seeds; above the dotted line, the unigram's loss, a model is worse than one that reads nothing."""
     retrained: dict[str, list[float]] = {}
     masked: dict[str, list[float]] = {}
     for result in results:
@@ -35,18 +35,17 @@ def draw_ablation(results: Sequence[Mapping[str, Any]], whole: str, described: M
         for what, nats in result["masked"].items() if result["cell"] == whole else ():
             masked.setdefault(what, []).append(nats)
     figure = _figure(11.0, 1.4 + 0.22 * max(len(retrained), len(masked)))
-    for axes, rows, title in zip(
-        figure.subplots(1, 2), (retrained, masked), (f"{RETRAINED} without it", f"{whole}, {MASKED}"), strict=True
-    ):
+    panels = {f"{RETRAINED} without it": retrained, f"{whole}, {MASKED}": masked}
+    for axes, (title, rows) in zip(figure.subplots(1, 2), panels.items(), strict=True):
         _tidy(axes, title, "nats per token", "")
         for place, (name, nats) in enumerate(rows.items()):
-            axes.plot(
-                nats, np.full(len(nats), -place), "o", color=COLOURS[0], markersize=4, label="here" if not place else None
-            )
+            axes.plot(nats, np.full(len(nats), -place), "o", color=COLOURS[0], markersize=4)
             if rows is masked and name in described:
-                label = None if any(other in described for other in list(rows)[:place]) else "described, another model and text"
-                axes.plot(described[name], -place, "x", color=COLOURS[4], markersize=5, label=label)
-        axes.set_yticks([-place for place in range(len(rows))], list(rows), fontsize=8)
+                axes.plot(described[name], -place, "x", color=COLOURS[4], markersize=5)
+        axes.plot([], [], "o", color=COLOURS[0], markersize=4, label="here, one dot a seed")
+        if rows is masked:
+            axes.plot([], [], "x", color=COLOURS[4], markersize=5, label="described: another model and text")
         axes.axvline(results[0]["unigram_nats"], color="0.6", linewidth=1, linestyle=":", label="unigram, here")
+        axes.set_yticks([-place for place in range(len(rows))], list(rows), fontsize=8)
         axes.legend(fontsize=8, frameon=False)
     figure.savefig(path)
