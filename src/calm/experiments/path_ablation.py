@@ -33,6 +33,8 @@ from calm.train.evaluate import score_ngram
 from calm.train.token_likelihood import token_likelihood
 
 ROWS, NUM_TOKENS, RATE, SEED = 2, 512, 3e-3, 0
+TABLE_DIM = 64
+"""width of the token table: at the model's own 256 the softmax over 33,278 words would take two thirds of a small budget"""
 LETTERS = "SHA"
 FULL = "SHA-3"
 """the cell with all paths and segments"""
@@ -79,7 +81,7 @@ def cells(data: str, budget: float | None) -> list[Cell]:
     found = []
     for name, (pattern, segments) in RETRAINED.items():
         backbone = dataclasses.replace(base.model.backbone, pattern=pattern, num_segments=segments)
-        model = dataclasses.replace(base.model, backbone=backbone)
+        model = dataclasses.replace(base.model, backbone=backbone, table_dim=TABLE_DIM)
         found.append(Cell(name=name, run=dataclasses.replace(base, data=data, model=model, train=train), budget=budget))
     return found
 

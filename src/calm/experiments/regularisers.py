@@ -49,6 +49,8 @@ from calm.train.token_objective import TokenLossConfig
 from calm.writing import score_writing
 
 ROWS, NUM_TOKENS, RATE, EMA = 2, 512, 3e-3, 0.99
+TABLE_DIM = 64
+"""width of the token table, as in `calm.experiments.path_ablation`"""
 SMOOTHING, Z, FLOW = 0.1, 1e-4, 0.1
 LEAST_RANK_SHARE, MOST_REPEATED = 1 / 50, 0.5
 TEXTS, NEW_TOKENS = 16, 96
@@ -71,10 +73,11 @@ def cells(data: str, budget: float | None) -> list[Cell]:
     base = presets.get("wikitext2-tiny-pure").token_lm
     optimizer = dataclasses.replace(base.train.optimizer, learning_rate=RATE)
     train = dataclasses.replace(base.train, batch_size=ROWS, num_tokens=NUM_TOKENS, optimizer=optimizer, log_every=5)
+    model = dataclasses.replace(base.model, table_dim=TABLE_DIM)
     found = []
     for name, loss in LOSSES.items():
         averaged = dataclasses.replace(train, ema_decay=EMA if name in AVERAGED else 0.0)
-        run = dataclasses.replace(base, data=data, loss=loss, train=averaged)
+        run = dataclasses.replace(base, data=data, model=model, loss=loss, train=averaged)
         found.append(Cell(name=name, run=run, budget=budget))
     return found
 
