@@ -21,6 +21,9 @@ from random_models import random_model
 
 V, K, D, Z, W = 5, 3, 8, 4, 5
 CONFIG = ContextDecoderConfig(dim=12, inner_dim=16, num_layers=2, table_dim=6, window=W)
+RECALL = dataclasses.replace(CONFIG, window=2, recall=4)
+REACH = {CONFIG: [NOTHING, 3, 1, 4, 0], RECALL: [NOTHING, 3, 1, 4, 0, 1]}
+"""a decoder and the tokens before a chunk that it is given"""
 
 
 def build(config: ContextDecoderConfig = CONFIG, vocab_size: int = V, seed: int = 0) -> ContextDecoder:
@@ -32,15 +35,16 @@ def chunk_probabilities(writer: ContextDecoder, hidden, latent, previous) -> np.
     every = jnp.stack(jnp.meshgrid(*[jnp.arange(V)] * K, indexing="ij"), -1).reshape(-1, K)
     rows = len(every)
     plan = writer.plan(jnp.broadcast_to(hidden, (rows, D)), jnp.broadcast_to(latent, (1, rows, Z)))
-    states = writer.teacher_forced(plan, jnp.broadcast_to(previous, (rows, W)), every)[0]
+    states = writer.teacher_forced(plan, jnp.broadcast_to(previous, (rows, len(previous))), every)[0]
     log_probability = jax.nn.log_softmax(states @ writer.table.T)
     return np.exp(np.take_along_axis(np.asarray(log_probability), np.asarray(every)[..., None], -1).sum((1, 2)))
 
 
-def test_written_chunks_have_the_probabilities_of_teacher_forcing():
-    writer, random = build(), np.random.default_rng(0)
+@pytest.mark.parametrize("config", REACH, ids=["window", "recall"])
+def test_written_chunks_have_the_probabilities_of_teacher_forcing(config):
+    writer, random = build(config), np.random.default_rng(0)
     hidden, latent = (jnp.asarray(random.normal(size=size), jnp.float32) for size in (D, Z))
-    previous = jnp.asarray([NOTHING, 3, 1, 4, 0])
+    previous = jnp.asarray(REACH[config])
     law = chunk_probabilities(writer, hidden, latent, previous)
     assert law.sum() == pytest.approx(1, abs=1e-5)
     draws = 40_000
@@ -53,10 +57,11 @@ def test_written_chunks_have_the_probabilities_of_teacher_forcing():
     assert chi_square < kept.sum() + 4 * np.sqrt(2 * kept.sum())
 
 
-def test_a_token_changes_the_places_after_it_and_no_other():
-    writer = build()
+@pytest.mark.parametrize("config", REACH, ids=["window", "recall"])
+def test_a_token_changes_the_places_after_it_and_no_other(config):
+    writer = build(config)
     plan = jnp.ones((1, 2, 12))
-    previous, chunks = jnp.asarray([[4, 3, 0, 1, 2], [1, 2, 3, 4, 0]]), jnp.asarray([[1, 2, 3], [1, 2, 3]])
+    previous, chunks = jnp.asarray([REACH[config], REACH[config][::-1]]), jnp.asarray([[1, 2, 3], [1, 2, 3]])
     before = writer.teacher_forced(plan, previous, chunks)
     for place in range(K):
         after = writer.teacher_forced(plan, previous, chunks.at[:, place].set(4))
@@ -74,6 +79,40 @@ def test_banned_tokens_are_not_written_and_greedy_writing_is_the_most_probable_p
     greedy = writer.write(plan, previous, None)
     states = writer.teacher_forced(plan, jnp.broadcast_to(previous, (1, W)), greedy[0])  # of the first sample
     np.testing.assert_array_equal((states[0] @ writer.table.T).argmax(-1), greedy[0])
+
+
+@pytest.mark.parametrize("recall", [1, 4, 30])
+def test_a_whole_text_is_what_its_chunks_are_one_by_one(recall):
+    """Values and gradients: of every chunk behind its own memory, and of all of them with each likeness worked out once."""
+    writer = build(dataclasses.replace(CONFIG, window=2, recall=recall), vocab_size=20)
+    graphdef, params = nnx.split(writer)
+    chunks = jnp.asarray(np.random.default_rng(3).integers(0, 4, (2, 6, K)))
+    plan = jax.random.normal(jax.random.key(0), (2, 2, 5, 12))
+    weights = jax.random.normal(jax.random.key(1), (2, 2, 5, K, 6))
+
+    def at_once(params):
+        return nnx.merge(graphdef, params).over_text(plan, chunks)
+
+    def one_by_one(params):
+        writer = nnx.merge(graphdef, params)
+        return writer.teacher_forced(plan, recent_tokens(chunks[:, :-1], writer.config.reach), chunks[:, 1:])
+
+    np.testing.assert_allclose(at_once(params), one_by_one(params), atol=1e-5)
+    slopes = [jax.grad(lambda params, way=way: (way(params) * weights).sum())(params) for way in (at_once, one_by_one)]
+    jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, atol=1e-4), *slopes)
+    assert np.abs(slopes[0]["recall"]["match"][...]).min() > 1e-6
+
+
+def test_the_token_that_followed_is_recalled_and_nothing_where_nothing_is_alike():
+    writer = build(dataclasses.replace(CONFIG, window=2, recall=6, table_dim=64), vocab_size=20)
+    writer.recall.match[...] = jnp.array([40.0, 20.0])
+    writer.recall.nothing[...] = jnp.float32(45.0)
+    memory = writer.recall.remember(writer.table, jnp.asarray([NOTHING, 9, 7, 8, 5, 7, 3, 6]))
+    seven = {(8, 5): 7, (9, 7): 8, (5, 7): 3}  # what stood behind these two
+    for window, followed in seven.items():
+        found = writer.recall.read_behind(memory, writer.table, jnp.asarray(window))
+        np.testing.assert_allclose(found, writer.table[followed], atol=0.02)
+    np.testing.assert_allclose(writer.recall.read_behind(memory, writer.table, jnp.asarray([1, 2])), 0, atol=0.02)
 
 
 @pytest.mark.parametrize("use_latent", [True, False])
@@ -120,6 +159,19 @@ def test_flops_are_those_of_the_products_in_the_program(use_latent, use_hidden):
     assert counted == 7 * config.flops(D, Z, K, V, samples)
 
 
+def test_flops_of_what_is_recalled_are_counted():
+    config = dataclasses.replace(RECALL, recall=60, table_dim=32)
+    graphdef, params = nnx.split(build(config))
+
+    def forward(params, plan, chunks):
+        writer = nnx.merge(graphdef, params)
+        return writer.over_text(plan, chunks) @ writer.table.T
+
+    counted = matmul_flops(forward, params, jnp.zeros((1, 2, 19, 12)), jnp.zeros((2, 20, K), jnp.int32))
+    plan = dataclasses.replace(config, use_hidden=False).flops(D, Z, K, V, 1) - 2 * Z * 12  # without what makes the plan
+    assert counted == pytest.approx(2 * 19 * plan, rel=0.03)  # the first chunk's likenesses are of no use, but are made
+
+
 def test_without_the_hidden_state_only_the_latent_tells_it_of_the_past():
     writer = build(dataclasses.replace(CONFIG, use_hidden=False))
     latent, hidden = jnp.ones((1, 2, Z)), jnp.ones((2, D))
@@ -142,3 +194,5 @@ def test_recent_tokens_end_with_their_chunk(reach):
 def test_sizes_below_one_are_refused():
     with pytest.raises(UsageError, match="table_dim and window must be at least 1"):
         ContextDecoderConfig(table_dim=0)
+    with pytest.raises(UsageError, match="recall must not be negative, got -1"):
+        ContextDecoderConfig(recall=-1)

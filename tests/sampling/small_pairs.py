@@ -21,7 +21,7 @@ MASK = np.where(np.isin(np.arange(V), [SPECIAL.begin_id, SPECIAL.mask_id]), -np.
 BACKBONE = BackboneConfig(dim=8, num_layers=1, num_heads=2, num_kv_heads=2, inner_dim=8)
 WRITERS = {
     "none": None,
-    "both": ContextDecoderConfig(dim=8, inner_dim=8, num_layers=1, table_dim=6, window=5),
+    "both": ContextDecoderConfig(dim=8, inner_dim=8, num_layers=1, table_dim=6, window=2, recall=4),
     "hidden": ContextDecoderConfig(dim=8, inner_dim=8, num_layers=1, table_dim=6, window=1, use_latent=False),
 }
 

@@ -118,11 +118,11 @@ def test_the_other_rows_of_a_batch_do_not_matter(models, decoding):
     assert forwards.decoding == decoding
 
 
-@pytest.mark.parametrize("window", [2, 7])
-def test_a_decoder_inside_the_chunk_writes_as_if_it_had_the_whole_text(window):
+@pytest.mark.parametrize(("window", "recall"), [(2, 0), (7, 0), (2, 8)])
+def test_a_decoder_inside_the_chunk_writes_as_if_it_had_the_whole_text(window, recall):
     """The most probable path, against the states of the whole text read at once; neither padding nor the batch matters."""
     size = dict(dim=16, inner_dim=24, num_layers=1, table_dim=8)
-    models = build(context_decoder=ContextDecoderConfig(**size, window=window, use_latent=False))
+    models = build(context_decoder=ContextDecoderConfig(**size, window=window, recall=recall, use_latent=False))
     predictor, lm = NextVector(*models), models[1]
     result = run(models, PROMPTS, keys(4), decoding="argmax")
     for row, prompt in enumerate(PROMPTS):

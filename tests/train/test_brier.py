@@ -137,11 +137,12 @@ def test_inner_products_and_drawn_tokens_have_one_mean_on_a_real_model(chunk_siz
     agree(products, tokens)
 
 
-@pytest.mark.parametrize("window", [1, 4])
-def test_branches_go_on_with_their_own_tokens_before_them(window):
+@pytest.mark.parametrize(("window", "recall"), [(1, 0), (4, 0), (1, 3)])
+def test_branches_go_on_with_their_own_tokens_before_them(window, recall):
     """A decoder inside the chunk whose window is narrower or wider than a chunk."""
     block = np.random.default_rng(0).integers(0, 6, 10)
-    predictor = next_vector(2, ContextDecoderConfig(dim=16, inner_dim=16, num_layers=1, table_dim=8, window=window))
+    sizes = dict(dim=16, inner_dim=16, num_layers=1, table_dim=8)
+    predictor = next_vector(2, ContextDecoderConfig(**sizes, window=window, recall=recall))
     options = dict(num_samples=4, decoding="drawn", with_energy=False, begin_id=0, boundary_every=5)
     agree(repeated(predictor, block, 600, **options).scores.total, by_hand(predictor, block, place=5, draws=600))
 

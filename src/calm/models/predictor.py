@@ -128,7 +128,7 @@ class NextVector(nnx.Module):
     @property
     def reach(self) -> int:
         writer = self.lm.context_decoder
-        return 0 if writer is None else writer.config.window
+        return 0 if writer is None else writer.config.reach
 
     @property
     def num_layers(self) -> int:

@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 from calm.errors import UsageError
 from calm.heads.softmax import draw_places
 from calm.models.predictor import NextVector
+from calm.models.recall import Memory
 from calm.models.token_lm import TokenLM
 from calm.nn.backbone import BackboneState
 from calm.nn.dense import operand, product
@@ -179,7 +180,9 @@ class Speculation:
         made = predictor.autoencoder.decode_states(latents) if writer is None else writer.plan(hidden, latents)
         return made[:, 0]
 
-    def log_probs(self, parts: Float[Array, "X *d"], place: Int[Array, ""], window: Int[Array, "w"]) -> Float[Array, "X V"]:
+    def log_probs(
+        self, parts: Float[Array, "X *d"], place: Int[Array, ""], window: Int[Array, "w"], memory: Memory | None
+    ) -> Float[Array, "X V"]:
         """Of each latent: the law of the token at `place` of the chunk, given the tokens before it."""
         predictor, writer = self.predictor, self.predictor.lm.context_decoder
         if writer is None:
@@ -187,7 +190,8 @@ class Speculation:
         else:
             count = len(parts)
             windows = jnp.broadcast_to(window, (count, len(window)))
-            states = writer.states(parts, windows, jnp.broadcast_to(place, (count,)))
+            recalled = None if memory is None else writer.recall.read_behind(memory, writer.table, window)[None]
+            states = writer.states(parts, windows, jnp.broadcast_to(place, (count,)), recalled)
         logits = product(operand(states, predictor.precision), self.draft_table.columns)[:, : len(self.mask)] + self.mask
         return jax.nn.log_softmax(logits)
 
@@ -248,15 +252,20 @@ class Speculation:
         With the latents drawn and held fixed, what a draft is drawn from is a law given the tokens before it, which is all that
         the rules ask. `first` is where the text that CALM has read begins; `numbers[i]` draws the i-th draft.
         """
-        size, reach, keeps_laws = self.size, self.predictor.reach, self.recipe.rule == "accept"
-        count = len(proposer.parts)
+        size, keeps_laws, writer = self.size, self.recipe.rule == "accept", self.predictor.lm.context_decoder
+        count, width, memory = len(proposer.parts), 0 if writer is None else writer.config.window, None
+
+        def tokens_before(text: Int[Array, "T"], at: Int[Array, ""], number: int) -> Int[Array, "X"]:
+            index = at - number + jnp.arange(number)
+            return jnp.where(index < first, NOTHING, text[index])
+
+        if writer is not None and writer.config.recall:
+            memory = writer.recall.remember(writer.table, tokens_before(text, boundary, writer.config.reach))
 
         def step(carry: tuple[Array, Draft, Array]) -> tuple[Array, Draft, Array]:
             place, draft, log_weights = carry
             at = boundary + place
-            index = at - reach + jnp.arange(reach)
-            window = jnp.where(index < first, NOTHING, draft.text[index])
-            log_probs = self.log_probs(proposer.parts, place, window)
+            log_probs = self.log_probs(proposer.parts, place, tokens_before(draft.text, at, width), memory)
             mixture = jax.nn.logsumexp(log_weights[:, None] + log_probs, axis=0)
             law = self._law(mixture[None])[0]
             number = jnp.maximum(place - known, 0)

@@ -13,7 +13,6 @@ from calm.errors import UsageError
 from calm.heads import ChunkPredictor, GatedEnergyHead, GatedEnergyHeadConfig
 from calm.losses import DirectionFrom, Fidelity, clipped_kl, direction_loss, energy_parts, fused_cross_entropy
 from calm.models import LatentLM, LatentLMConfig
-from calm.models.context_decoder import recent_tokens
 from calm.nn.dense import Dense, Precision, dense_flops
 from calm.rng import PRNGKey, stream
 from calm.train.latent_terms import gate_measures, head_loss, log_mean_nats, slot_energy
@@ -328,7 +327,7 @@ class LatentObjective:
             states, table = autoencoder.decode_states(samples), jax.lax.stop_gradient(autoencoder.table)
         else:
             plan = writer.plan(hidden, samples if writer.config.use_latent else None)
-            states = writer.teacher_forced(plan, recent_tokens(chunks[:, :-1], writer.config.window), targets)
+            states = writer.over_text(plan, chunks)
             table = writer.table
         return log_mean_nats(states, table, targets, self.precision, weights, table_gradient=writer is not None)
 
