@@ -24,7 +24,7 @@ def random_model(config: Any, seed: int = 0, precision: str = "float32") -> Any:
     generator, weights = np.random.default_rng(seed), {}
     for path, variable in nnx.to_flat_state(nnx.state(nnx.eval_shape(lambda: config.build(rngs=nnx.Rngs(0))))):
         shape = variable.get_value().shape
-        noise = generator.standard_normal(shape, np.float32)
+        noise = np.asarray(generator.standard_normal(shape, np.float32))
         kind = path[-1]
         weights[".".join(path)] = {
             "kernel": lambda noise=noise, shape=shape: noise * shape[-2] ** -0.5,
@@ -33,6 +33,8 @@ def random_model(config: Any, seed: int = 0, precision: str = "float32") -> Any:
             "embedding": lambda noise=noise: noise,
             "table": lambda noise=noise: noise,
             "from_place": lambda noise=noise: 0.1 * noise,
+            "match": lambda noise=noise: 3 + noise,
+            "nothing": lambda noise=noise: 3 + noise,
         }[kind]()
     return build_with_weights(config, weights, precision=precision, where="test")
 

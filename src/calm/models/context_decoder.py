@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int
 
 from calm.autoencoder.decoder import ScoringTable, best_token, draw_token
 from calm.errors import UsageError
-from calm.models.recall import Recall, table_rows
+from calm.models.recall import Memory, Recall, table_rows
 from calm.nn.dense import Dense, Precision, dense_flops
 from calm.nn.mlp import ResidualSwiGLU, SwiGLU
 from calm.nn.stack import Stack
@@ -114,10 +114,9 @@ class ContextDecoder(nnx.Module):
         # rows of the table have about unit length; the window's projection would start a fan-in too small beside the others
         self.norm_window = nnx.RMSNorm(config.window * config.table_dim, epsilon=1e-6, rngs=rngs)
         self.from_latent = dense(latent_dim, config.dim) if config.use_latent else None
-        if config.recall:
-            self.recall = Recall(config.window, config.recall, precision)
-            self.from_recall = dense(config.table_dim, config.dim)
-            self.copy = dense(config.table_dim, config.table_dim)
+        self.recall = Recall(config.window, config.recall, precision) if config.recall else None
+        self.from_recall = dense(config.table_dim, config.dim) if config.recall else None
+        self.copy = dense(config.table_dim, config.table_dim) if config.recall else None
         self.from_place = nnx.Param(0.02 * jax.random.normal(rngs.params(), (chunk_size, config.dim), jnp.float32))
         self.layers = Stack(
             lambda rngs: ResidualSwiGLU(config.dim, config.inner_dim, precision=precision, rngs=rngs),
@@ -152,10 +151,19 @@ class ContextDecoder(nnx.Module):
         they recall."""
         embedded = table_rows(self.table, window).reshape(*window.shape[:-1], -1)
         x = plan + self.from_window(self.norm_window(embedded)) + self.from_place[...][place]
-        x = x if recalled is None else x + self.from_recall(recalled)
+        if self.from_recall is not None and recalled is not None:
+            x += self.from_recall(recalled)
         x, _ = self.layers.scan(lambda layer, x, _: (layer(x), None), x)
         x = self.out(self.norm(x))
-        return x if recalled is None else x + self.copy(recalled)
+        return x if self.copy is None or recalled is None else x + self.copy(recalled)
+
+    def remember(self, previous: Int[Array, "*b w"]) -> Memory | None:
+        """What can be recalled inside a chunk behind these tokens; none where nothing is."""
+        return None if self.recall is None else self.recall.remember(self.table, previous)
+
+    def recalled_behind(self, memory: Memory | None, window: Int[Array, "*b w"]) -> Float[Array, "*b W"] | None:
+        """What `states` is to be given at the place behind a window."""
+        return None if self.recall is None or memory is None else self.recall.read_behind(memory, self.table, window)
 
     def teacher_forced(
         self, plan: Float[Array, "S *b d"], previous: Int[Array, "*b w"], chunks: Int[Array, "*b K"]
@@ -163,7 +171,7 @@ class ContextDecoder(nnx.Module):
         """The states of all places of known chunks: place k sees k tokens of its own chunk, and before them those of
         `previous`, the last `ContextDecoderConfig.reach`."""
         recalled = None
-        if self.config.recall:
+        if self.recall is not None:
             window, size = self.config.window, self.chunk_size
             memory = self.recall.remember(self.table, previous)
             before = jnp.concatenate([previous[..., -window:], chunks[..., :-1]], axis=-1)
@@ -174,7 +182,7 @@ class ContextDecoder(nnx.Module):
 
     def over_text(self, plan: Float[Array, "S B N d"], chunks: Int[Array, "B M K"]) -> Float[Array, "S B N K W"]:
         """`teacher_forced` of every chunk of a text but the first, in which likenesses are worked out once."""
-        recalled = self.recall.over_text(self.table, chunks) if self.config.recall else None
+        recalled = None if self.recall is None else self.recall.over_text(self.table, chunks)
         return self._all_places(plan, recent_tokens(chunks[..., :-1, :], self.config.window), chunks[..., 1:, :], recalled)
 
     def _all_places(
@@ -202,7 +210,7 @@ class ContextDecoder(nnx.Module):
         """K tokens one after the other, each drawn from its law; the most probable ones where no uniforms are given."""
         scoring = self.table if table is None else table
         window = self.config.window
-        looking = Looking(self, previous, len(plan)) if self.config.recall else None
+        looking = None if self.recall is None else Looking(self.recall, self.table, previous, len(plan))
         tokens = jnp.broadcast_to(previous[..., -window:], (*plan.shape[:-1], window))
         for place in range(self.chunk_size):
             recalled = None if looking is None else looking.recalled()
@@ -220,17 +228,17 @@ class ContextDecoder(nnx.Module):
 class Looking:
     """What S samples of one chunk recall, place by place: the memory and the tokens before the chunk are common to them."""
 
-    def __init__(self, writer: ContextDecoder, previous: Int[Array, "*b w"], num_samples: int):
-        self.writer, window = writer, writer.config.window
-        self.memory = writer.recall.remember(writer.table, previous)
-        common = writer.recall.likeness(self.memory, table_rows(writer.table, previous[..., -window:]))
+    def __init__(self, recall: Recall, table: Float[Array, "V W"], previous: Int[Array, "*b w"], num_samples: int):
+        self.recall, self.table, window = recall, table, recall.window
+        self.memory = recall.remember(table, previous)
+        common = recall.likeness(self.memory, table_rows(table, previous[..., -window:]))
         shape = (*common.shape[:-2], num_samples, common.shape[-1])
         self.likeness = [jnp.broadcast_to(common[..., x, None, :], shape) for x in range(window)]  # oldest token first
 
     def saw(self, token: Int[Array, "S *b"]) -> None:
         """One more token of every sample."""
-        rows = jnp.moveaxis(table_rows(self.writer.table, token), 0, -2)
-        self.likeness = [*self.likeness[1:], self.writer.recall.likeness(self.memory, rows)]
+        rows = jnp.moveaxis(table_rows(self.table, token), 0, -2)
+        self.likeness = [*self.likeness[1:], self.recall.likeness(self.memory, rows)]
 
     def recalled(self) -> Float[Array, "S *b W"]:
-        return jnp.moveaxis(self.writer.recall.read(self.memory, self.likeness[::-1]), -2, 0)
+        return jnp.moveaxis(self.recall.read(self.memory, self.likeness[::-1]), -2, 0)

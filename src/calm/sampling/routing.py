@@ -25,9 +25,8 @@ from calm.sampling.drafting import checked_models, lay_out, mask_of
 from calm.sampling.generate import HasSpecialIds
 from calm.sampling.sampler import PlainSampler, Sampler
 from calm.sampling.softmax import SoftmaxSampler
-from calm.sampling.speculation import Drafting, Layout, Speculation, begin, uniforms_of
+from calm.sampling.speculation import Drafting, Layout, Speculation, begin, tokens_before, uniforms_of
 from calm.sampling.steps import Model, ModelSource, Weights, step_keys
-from calm.text.chunking import NOTHING
 
 
 class Routed(NamedTuple):
@@ -163,8 +162,7 @@ def _run(
             at = layout.start + size * row.chunks
             chunk = jax.lax.dynamic_slice(row.text, (at - size,), (size,))
             hidden, state = predictor.hidden(chunk[None, None], row.state)
-            index = at - predictor.reach + jnp.arange(predictor.reach)
-            previous = jnp.where(index < first, NOTHING, row.text[index])[None]
+            previous = tokens_before(row.text, at, predictor.reach, first)[None]
 
             def by_chunk(row: Row) -> tuple[Array, Any]:
                 own = step_keys(key[None], row.chunks)

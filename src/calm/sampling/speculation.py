@@ -190,7 +190,7 @@ class Speculation:
         else:
             count = len(parts)
             windows = jnp.broadcast_to(window, (count, len(window)))
-            recalled = None if memory is None else writer.recall.read_behind(memory, writer.table, window)[None]
+            recalled = writer.recalled_behind(memory, window)
             states = writer.states(parts, windows, jnp.broadcast_to(place, (count,)), recalled)
         logits = product(operand(states, predictor.precision), self.draft_table.columns)[:, : len(self.mask)] + self.mask
         return jax.nn.log_softmax(logits)
@@ -254,18 +254,13 @@ class Speculation:
         """
         size, keeps_laws, writer = self.size, self.recipe.rule == "accept", self.predictor.lm.context_decoder
         count, width, memory = len(proposer.parts), 0 if writer is None else writer.config.window, None
-
-        def tokens_before(text: Int[Array, "T"], at: Int[Array, ""], number: int) -> Int[Array, "X"]:
-            index = at - number + jnp.arange(number)
-            return jnp.where(index < first, NOTHING, text[index])
-
-        if writer is not None and writer.config.recall:
-            memory = writer.recall.remember(writer.table, tokens_before(text, boundary, writer.config.reach))
+        if writer is not None:
+            memory = writer.remember(tokens_before(text, boundary, writer.config.reach, first))
 
         def step(carry: tuple[Array, Draft, Array]) -> tuple[Array, Draft, Array]:
             place, draft, log_weights = carry
             at = boundary + place
-            log_probs = self.log_probs(proposer.parts, place, tokens_before(draft.text, at, width), memory)
+            log_probs = self.log_probs(proposer.parts, place, tokens_before(draft.text, at, width, first), memory)
             mixture = jax.nn.logsumexp(log_weights[:, None] + log_probs, axis=0)
             law = self._law(mixture[None])[0]
             number = jnp.maximum(place - known, 0)
@@ -327,6 +322,12 @@ class Speculation:
             length=row.length + before_end,
             counts=jax.tree.map(jnp.add, row.counts, counts),
         )
+
+
+def tokens_before(text: Int[Array, "T"], at: Int[Array, ""], number: int, first: Int[Array, ""]) -> Int[Array, "X"]:
+    """The last tokens before a place; `NOTHING` before `first`."""
+    index = at - number + jnp.arange(number)
+    return jnp.where(index < first, NOTHING, text[index])
 
 
 def begin(recipe: Drafting, target: Model, draft: Model, text: Int[Array, "T"], prompt: Int[Array, ""], layout: Layout) -> Row:
