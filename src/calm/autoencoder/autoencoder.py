@@ -1,4 +1,4 @@
-"""The autoencoder: every chunk of K tokens is coded alone, into one Gaussian latent of width Z."""
+"""The autoencoder: every chunk of K tokens is coded alone, into one latent of width Z."""
 
 import dataclasses
 
@@ -12,7 +12,7 @@ from calm.autoencoder.encoder import Encoder
 from calm.errors import UsageError
 from calm.nn.dense import Precision, dense_flops, matmul
 from calm.nn.mlp import SwiGLU
-from calm.posterior import Gaussian
+from calm.posterior import POSTERIORS, Posterior, PosteriorKind
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -25,6 +25,8 @@ class AutoencoderConfig:
     """K, tokens per chunk"""
     latent_dim: int = 64
     """Z, latent width"""
+    posterior: PosteriorKind = "gaussian"
+    """law of a chunk's latent: gaussian, as published, or power_spherical, on the sphere of radius sqrt(Z)"""
     dim: int = 128
     """width D of the hidden states"""
     inner_dim: int = 320
@@ -41,6 +43,10 @@ class AutoencoderConfig:
     def __post_init__(self) -> None:
         if self.vocab_size < 0 or min(self.chunk_size, self.latent_dim, self.dim, self.inner_dim) < 1:
             raise UsageError("autoencoder: chunk_size, latent_dim, dim and inner_dim must be at least 1")
+        if self.posterior not in POSTERIORS:
+            raise UsageError(f"autoencoder: unknown posterior {self.posterior!r}; choose one of {', '.join(POSTERIORS)}")
+        if self.posterior == "power_spherical" and self.latent_dim < 2:
+            raise UsageError(f"autoencoder: a power_spherical posterior needs latent_dim of at least 2, got {self.latent_dim}")
         for name in ("encoder_layers", "decoder_layers"):
             if getattr(self, name) < 2 or getattr(self, name) % 2:
                 raise UsageError(f"autoencoder: {name} must be even and at least 2, got {getattr(self, name)}")
@@ -56,7 +62,8 @@ class AutoencoderConfig:
     def encoder_flops(self) -> int:
         """Forward FLOPs of encoding one chunk."""
         layer, stages = SwiGLU.flops(self.dim, self.inner_dim), self.encoder_layers // 2
-        squeeze = dense_flops(self.chunk_size * self.dim, self.dim) + dense_flops(self.dim, 2 * self.latent_dim)
+        squeeze = dense_flops(self.chunk_size * self.dim, self.dim)
+        squeeze += dense_flops(self.dim, POSTERIORS[self.posterior].outputs(self.latent_dim))
         return stages * (self.chunk_size + 1) * layer + squeeze
 
     def decoder_flops(self) -> int:
@@ -82,6 +89,7 @@ class Autoencoder(nnx.Module):
         sizes = dict(
             chunk_size=config.chunk_size,
             latent_dim=config.latent_dim,
+            posterior=config.posterior,
             dim=config.dim,
             inner_dim=config.inner_dim,
             init_std=config.init_std,
@@ -96,8 +104,8 @@ class Autoencoder(nnx.Module):
         """The tied table: embeds tokens on the way in, scores them on the way out."""
         return self.embedding[...]
 
-    def encode(self, chunks: Int[Array, "*b K"]) -> Gaussian:
-        """The posterior of each chunk, `[*b Z]`."""
+    def encode(self, chunks: Int[Array, "*b K"]) -> Posterior:
+        """The posterior of each chunk's latent, `[*b Z]`."""
         return self.encoder(self.table[chunks])
 
     def decode_states(self, latents: Float[Array, "*b Z"]) -> Float[Array, "*b K D"]:
