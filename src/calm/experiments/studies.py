@@ -6,12 +6,14 @@ budget.
 """
 
 import dataclasses
+import functools
 
 from calm import presets
 from calm.config import suggestion
 from calm.errors import UsageError
 from calm.experiments.alignment import AlignmentStudy
 from calm.experiments.hybrids import HybridStudy
+from calm.experiments.latent_spaces import LatentSpaceStudy
 from calm.experiments.loss_kinds import LossKindStudy
 from calm.experiments.memory import MemoryStudy
 from calm.experiments.path_ablation import AblationStudy
@@ -147,4 +149,5 @@ STUDIES: dict[str, Study] = {
     "hybrids": HybridStudy(recipe=written_run),
     "ablation": AblationStudy(),
     "probes": ProbeStudy(),
+    "latent-spaces": LatentSpaceStudy(recipe=functools.partial(pure_run, auxiliary_weight=1.0)),
 }
