@@ -5,6 +5,7 @@
     V vocabulary                    S samples of the model (paper: N)     M draws of the target
     H attention heads               G key-value heads                     E noise width of the head
     C width of one attention head   I inner width of an MLP               R rows: all leading axes flattened
+    P parts of a chunk              Y latent width of a part              (of a hierarchical autoencoder)
 
 `*b` stands for any leading axes. The paper is CALM, arXiv:2510.27688; its letters clash (N samples, L chunks, l latent width).
 """

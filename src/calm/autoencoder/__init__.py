@@ -2,3 +2,4 @@
 
 from calm.autoencoder.autoencoder import Autoencoder as Autoencoder
 from calm.autoencoder.autoencoder import AutoencoderConfig as AutoencoderConfig
+from calm.autoencoder.autoencoder import HierarchicalAutoencoder as HierarchicalAutoencoder

@@ -12,19 +12,25 @@ from calm.autoencoder.encoder import apply_layers
 from calm.nn.dense import Dense, Precision, operand, product
 from calm.nn.mlp import ResidualSwiGLU
 from calm.nn.stack import Stack
+from calm.posterior import POSTERIORS, PosteriorKind
 
 ARGMAX_ROWS = 400  # rows of logits that stay in cache at V = 8192
 ARGMAX_GROUP = 64  # columns a vector unit reduces at a time
 
 
 class Decoder(nnx.Module):
-    """Z -> D, chunk layers, D -> K*D, token layers at each of the K places, norm: the encoder's mirror (CALM)."""
+    """Z -> D, chunk layers, D -> K*D, token layers at each of the K places, norm: the encoder's mirror (CALM).
+
+    A vector is first brought to where latents lie. Nothing keeps a language model's samples on a sphere, and nothing has to:
+    the energy score is proper in all of R^Z. But the decoder has seen no other radius, and the radius says nothing.
+    """
 
     def __init__(
         self,
         *,
         chunk_size: int,
         latent_dim: int,
+        posterior: PosteriorKind,
         dim: int,
         inner_dim: int,
         layers_per_stage: int,
@@ -43,10 +49,10 @@ class Decoder(nnx.Module):
         self.expand = dense(dim, chunk_size * dim)
         self.token_layers = Stack(layer, layers_per_stage, rngs=rngs)
         self.norm = nnx.RMSNorm(dim, epsilon=1e-6, rngs=rngs)
-        self.chunk_size = chunk_size
+        self.chunk_size, self.posterior = chunk_size, posterior
 
     def __call__(self, latents: Float[Array, "*b Z"]) -> Float[Array, "*b K D"]:
-        hidden = apply_layers(self.chunk_layers, self.from_latent(latents))
+        hidden = apply_layers(self.chunk_layers, self.from_latent(POSTERIORS[self.posterior].onto(latents)))
         hidden = self.expand(hidden)
         hidden = hidden.reshape(*hidden.shape[:-1], self.chunk_size, -1)
         return self.norm(apply_layers(self.token_layers, hidden))

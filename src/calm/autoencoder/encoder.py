@@ -1,23 +1,23 @@
-"""K token embeddings to the Gaussian of their latent."""
+"""K token embeddings to the law of their latent."""
 
-import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
 from calm.nn.dense import Dense, Precision
 from calm.nn.mlp import ResidualSwiGLU
 from calm.nn.stack import Stack
-from calm.posterior import Gaussian
+from calm.posterior import POSTERIORS, Posterior, PosteriorKind
 
 
 class Encoder(nnx.Module):
-    """Token layers at each of the K places, flatten, K*D -> D, chunk layers, norm, D -> mean and log_std (CALM)."""
+    """Token layers at each of the K places, flatten, K*D -> D, chunk layers, norm, D -> the posterior's numbers (CALM)."""
 
     def __init__(
         self,
         *,
         chunk_size: int,
         latent_dim: int,
+        posterior: PosteriorKind,
         dim: int,
         inner_dim: int,
         layers_per_stage: int,
@@ -35,13 +35,14 @@ class Encoder(nnx.Module):
         self.squeeze = dense(chunk_size * dim, dim)
         self.chunk_layers = Stack(layer, layers_per_stage, rngs=rngs)
         self.norm = nnx.RMSNorm(dim, epsilon=1e-6, rngs=rngs)
-        self.to_latent = dense(dim, 2 * latent_dim)
+        self.posterior = posterior
+        self.to_latent = dense(dim, POSTERIORS[posterior].outputs(latent_dim))
 
-    def __call__(self, embedded: Float[Array, "*b K D"]) -> Gaussian:
+    def __call__(self, embedded: Float[Array, "*b K D"]) -> Posterior:
         hidden = apply_layers(self.token_layers, embedded)
         hidden = self.squeeze(hidden.reshape(*hidden.shape[:-2], -1))
         hidden = self.norm(apply_layers(self.chunk_layers, hidden))
-        return Gaussian(*jnp.split(self.to_latent(hidden), 2, axis=-1))
+        return POSTERIORS[self.posterior].of(self.to_latent(hidden))
 
 
 def apply_layers(layers: Stack, hidden: Float[Array, "*b D"]) -> Float[Array, "*b D"]:

@@ -15,8 +15,8 @@ class Experiment:
     scale), stems (tokens, latents or both as input), hybrids (mixers under a latent model), ablation and probes (what a
     hybrid's paths are worth, and what its gates hear), memory (which mixer remembers what), regularisers (what keeps a
     token model from collapsing), losses (energy score, direction term, both), reasoner-on-z (segments of a model on
-    latents), align (weight updates for a prompt against the
-    same FLOPs spent otherwise). An option that a study has no use for is refused.
+    latents), latent-spaces (sphere beside Gaussian, two levels beside one), align (weight updates for a prompt against the same
+    FLOPs spent otherwise). An option that a study has no use for is refused.
     """
 
     name: Annotated[str, tyro.conf.Positional]

@@ -6,6 +6,7 @@ budget.
 """
 
 import dataclasses
+import functools
 
 from calm import presets
 from calm.config import suggestion
@@ -13,6 +14,7 @@ from calm.errors import UsageError
 from calm.experiments import reasoner_on_z
 from calm.experiments.alignment import AlignmentStudy
 from calm.experiments.hybrids import HybridStudy
+from calm.experiments.latent_spaces import LatentSpaceStudy
 from calm.experiments.loss_kinds import LossKindStudy
 from calm.experiments.memory import MemoryStudy
 from calm.experiments.path_ablation import AblationStudy
@@ -155,4 +157,5 @@ STUDIES: dict[str, Study] = {
     "hybrids": HybridStudy(recipe=written_run),
     "ablation": AblationStudy(),
     "probes": ProbeStudy(),
+    "latent-spaces": LatentSpaceStudy(recipe=functools.partial(pure_run, auxiliary_weight=1.0)),
 }

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 from calm.errors import UsageError
 from calm.heads.modulated_mlp import TIMES, ModulatedMLP, stratified, whole_time
 from calm.nn.dense import Precision, dense_flops
-from calm.posterior import Gaussian
+from calm.posterior import Posterior
 from calm.rng import PRNGKey, stream
 
 Solver = Literal["midpoint", "euler"]
@@ -96,12 +96,11 @@ class FlowHead(nnx.Module):
         """S independent samples of the next latent at every position."""
         return self(hidden, self.draw_noise(key, (num_samples, *hidden.shape[:-1])))
 
-    def loss(self, key: PRNGKey, hidden: Float[Array, "*b D"], posterior: Gaussian) -> Float[Array, "*b"]:
+    def loss(self, key: PRNGKey, hidden: Float[Array, "*b D"], posterior: Posterior) -> Float[Array, "*b"]:
         """Squared error of the velocity, a mean over dimensions and over `num_draws` draws of (target, start, time)."""
         flat = hidden.reshape(-1, hidden.shape[-1])
-        mean, std = (x.reshape(-1, self.latent_dim) for x in (posterior.mean, posterior.std))
-        shape = (self.config.num_draws, *mean.shape)
-        target = mean + std * jax.random.normal(stream(key, "target"), shape)
+        target = posterior.draws(stream(key, "target"), self.config.num_draws).reshape(-1, *flat.shape[:1], self.latent_dim)
+        shape = target.shape
         start = self.draw_noise(stream(key, "start"), shape[:-1])
         time = stratified(jax.random.uniform(stream(key, "time"), shape[:-1]))
         x = start + time[..., None] * (target - start)

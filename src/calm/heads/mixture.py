@@ -13,7 +13,7 @@ from calm.errors import UsageError
 from calm.nn.dense import Dense, Precision, dense_flops
 from calm.nn.mlp import ResidualSwiGLU, SwiGLU
 from calm.nn.stack import Stack
-from calm.posterior import Gaussian
+from calm.posterior import Posterior
 from calm.rng import PRNGKey
 
 MIN_STD = 1e-3
@@ -115,8 +115,6 @@ class MixtureHead(nnx.Module):
         mixture = self.mixture(hidden.reshape(-1, hidden.shape[-1]))
         return mixture.log_density(latents.reshape(len(latents), -1, self.latent_dim)).reshape(latents.shape[:-1])
 
-    def loss(self, key: PRNGKey, hidden: Float[Array, "*b D"], posterior: Gaussian) -> Float[Array, "*b"]:
+    def loss(self, key: PRNGKey, hidden: Float[Array, "*b D"], posterior: Posterior) -> Float[Array, "*b"]:
         """Minus the log density of draws of the posterior, in nats per dimension, a mean over `num_draws` of them."""
-        shape = (self.config.num_draws, *posterior.mean.shape)
-        targets = posterior.mean + posterior.std * jax.random.normal(key, shape)
-        return -self.log_density(hidden, targets).mean(0) / self.latent_dim
+        return -self.log_density(hidden, posterior.draws(key, self.config.num_draws)).mean(0) / self.latent_dim

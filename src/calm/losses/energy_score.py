@@ -5,24 +5,28 @@
 Its minimum over distributions is the true one (Gneiting and Raftery 2007). The first term is the fidelity, the second the
 diversity. Source: CALM, arXiv:2510.27688; its N model samples are our S, and its code calls alpha beta.
 
-The target is a known Gaussian, so the fidelity has three equal formulations (`Fidelity`):
+The target is a known law (`calm.posterior`), so the fidelity has three equal formulations (`Fidelity`):
 
     draws         M draws per position, all differences formed: the definition, and the published code. S*M*Z work per position.
-    shared_draws  the same M standard normals at every position. |x - mean - std*e|^2 expands into products of matrices, so the
+    shared_draws  the same M standard normals at every position. |x - y|^2 expands into products of matrices, so the
                   differences are never formed. Unbiased for any fixed position; positions share their noise.
-    second_order  no draws. With q = |x - mean|^2 + sum std^2 (the mean of the squared distance) and v its variance,
+    second_order  no draws. With q and v the mean and the variance of the squared distance, which are closed forms,
                   E d^alpha = q^(alpha/2) (1 - alpha (2 - alpha) v / (8 q^2)) up to third order. Accurate where the squared
                   distance is a sum of many comparable terms; where 2 q^2 / v < 8 (effective dimensions) shared draws are used.
+
+Each law brings its own q, v and draws, so that no formula of one is used for another. On a sphere the squared distance is
+linear in the draw, whose height along the direction is about as skewed as a Gaussian's sum of squares, so the same bound on
+2 q^2 / v serves.
 """
 
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from calm.errors import UsageError
-from calm.posterior import Gaussian
+from calm.posterior import Posterior
 from calm.rng import PRNGKey
 
 Fidelity = Literal["draws", "shared_draws", "second_order"]
@@ -42,7 +46,7 @@ def distance(squared: Float[Array, "*b"], alpha: float) -> Float[Array, "*b"]:
 
 def energy_loss(
     samples: Float[Array, "S *b Z"],
-    posterior: Gaussian,
+    posterior: Posterior,
     key: PRNGKey,
     *,
     num_draws: int = 100,
@@ -53,7 +57,7 @@ def energy_loss(
 
     Args:
         samples: S >= 2 draws of the model.
-        posterior: the encoder's Gaussian of the true next chunk, `[*b Z]`.
+        posterior: the encoder's law of the true next chunk's latent.
         num_draws: M, for the formulations that draw.
         alpha: exponent in (0, 2). The paper trains with 1; at 2 the score no longer sees more than the mean.
         fidelity: see the module.
@@ -64,7 +68,7 @@ def energy_loss(
 
 def energy_parts(
     samples: Float[Array, "S *b Z"],
-    posterior: Gaussian,
+    posterior: Posterior,
     key: PRNGKey,
     *,
     num_draws: int = 100,
@@ -81,14 +85,12 @@ def energy_parts(
     if fidelity not in FIDELITIES:
         raise UsageError(f"unknown fidelity {fidelity!r}; choose one of {', '.join(FIDELITIES)}")
     flat = samples.reshape(samples.shape[0], -1, samples.shape[-1])
-    target = Gaussian(posterior.mean.reshape(flat.shape[1:]), posterior.log_std.reshape(flat.shape[1:]))
+    target = jax.tree.map(lambda x: x.reshape(-1, x.shape[-1]), posterior)
     if fidelity == "draws":
-        eps = jax.random.normal(key, (num_draws, *flat.shape[1:]), flat.dtype)
-        fidelities = _between(flat, target.mean + target.std * eps, alpha).mean((0, 1))
+        fidelities = _between(flat, target.draws(key, num_draws), alpha).mean((0, 1))
     else:
-        eps = jax.random.normal(key, (num_draws, flat.shape[-1]), flat.dtype)
         expected = fidelity_shared_draws if fidelity == "shared_draws" else fidelity_second_order
-        fidelities = expected(flat, target, eps, alpha)
+        fidelities = expected(flat, target, target.shared_noise(key, num_draws), alpha)
     shape = samples.shape[1:-1]
     return fidelities.reshape(shape), diversity(flat, alpha).reshape(shape)
 
@@ -107,35 +109,23 @@ def plain_energy_loss(
     return 2 * _between(samples, targets, alpha).mean((0, 1)) - others
 
 
-def fidelity_shared_draws(
-    samples: Float[Array, "S R Z"], posterior: Gaussian, eps: Float[Array, "M Z"], alpha: float
-) -> Float[Array, "R"]:
-    """Mean over S and M of |x_s - mean - std * eps_m|^alpha, by |d|^2 - 2 (d*std).eps + std^2.eps^2 with d = x - mean."""
-    offset = samples - posterior.mean
-    exact = jax.lax.Precision.HIGHEST  # the squares cancel to the distance: keep float32 products
-    cross = jnp.einsum("srz,mz->srm", offset * posterior.std, eps, precision=exact)
-    noise = jnp.einsum("rz,mz->rm", jnp.square(posterior.std), jnp.square(eps), precision=exact)
-    squared = jnp.square(offset).sum(-1)[..., None] - 2 * cross + noise
-    return distance(squared, alpha).mean((0, 2))
+def fidelity_shared_draws(samples: Float[Array, "S R Z"], posterior: Posterior, noise: Any, alpha: float) -> Float[Array, "R"]:
+    """Mean over S and M of |x_s - y_m|^alpha; `noise` is the posterior's `shared_noise`."""
+    return distance(posterior.squared_distances(samples, noise), alpha).mean((0, 2))
 
 
-def fidelity_second_order(
-    samples: Float[Array, "S R Z"], posterior: Gaussian, eps: Float[Array, "M Z"], alpha: float
-) -> Float[Array, "R"]:
+def fidelity_second_order(samples: Float[Array, "S R Z"], posterior: Posterior, noise: Any, alpha: float) -> Float[Array, "R"]:
     """E|x_s - y|^alpha over the posterior to second order, averaged over S; shared draws where that is not accurate.
 
     The draws are computed only if some position needs them.
     """
-    variance = jnp.square(posterior.std)
-    squares = jnp.square(samples - posterior.mean)
-    q = squares.sum(-1) + variance.sum(-1)
-    v = 4 * (squares * variance).sum(-1) + 2 * jnp.square(variance).sum(-1)
+    q, v = posterior.squared_distance_moments(samples)
     divisor = jnp.where(q > 1e-12, q, 1.0)  # divided by twice: its square would underflow in the gradient
     expected = (distance(q, alpha) * (1 - alpha * (2 - alpha) / 8 * (v / divisor / divisor))).mean(0)
     accurate = jnp.all(2 * jnp.square(q) >= MIN_EFFECTIVE_DIMENSIONS * v, axis=0)
 
-    def with_draws(operands: tuple[Array, Gaussian]) -> Array:
-        drawn = fidelity_shared_draws(*operands, eps, alpha)
+    def with_draws(operands: tuple[Array, Posterior]) -> Array:
+        drawn = fidelity_shared_draws(*operands, noise, alpha)
         return jnp.where(accurate, expected, drawn)
 
     return jax.lax.cond(jnp.all(accurate), lambda _: expected, with_draws, (samples, posterior))

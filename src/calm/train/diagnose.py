@@ -98,9 +98,8 @@ def _score_codec(
     chunks = tokens.reshape(len(tokens), -1, nnx.merge(graph, params).chunk_size)
     posterior = autoencoder.encode(chunks)
     keys = jax.vmap(partial(jax.random.fold_in, key))(rows)
-    noise = jax.vmap(lambda key: jax.random.normal(key, posterior.mean.shape[1:]))(keys)
     right = autoencoder.decode(posterior.mean) == chunks
-    drawn = autoencoder.decode(posterior.mean + posterior.std * noise) == chunks
+    drawn = autoencoder.decode(jax.vmap(type(posterior).sample)(posterior, keys)) == chunks
     return jnp.stack([right.mean(-1).sum(1), right.all(-1).sum(1).astype(jnp.float32), drawn.mean(-1).sum(1)], -1)
 
 

@@ -210,19 +210,16 @@ def _score_autoencoder(
     chunks = tokens.reshape(len(tokens), -1, autoencoder.config.chunk_size)
     posterior = autoencoder.encode(chunks)
 
-    def normal(row: Int[Array, ""]) -> Float[Array, "N Z"]:
-        key_of_row = jax.random.fold_in(stream(key, "noise"), row)
-        return with_noise(jnp.zeros(posterior.mean.shape[1:]), key_of_row, 1.0)
+    keys = jax.vmap(partial(jax.random.fold_in, stream(key, "noise")))(rows)
+    noise = jax.vmap(lambda key: with_noise(jnp.zeros(posterior.mean.shape[1:]), key, 1.0))(keys)
 
-    noise = jax.vmap(normal)(rows)
-
-    def right(scaled: Float[Array, "B N Z"]) -> Float[Array, "B 2"]:
-        sums = reconstruction(autoencoder.decode(posterior.mean + scaled), chunks)
+    def right(latents: Float[Array, "B N Z"]) -> Float[Array, "B 2"]:
+        sums = reconstruction(autoencoder.decode(latents), chunks)
         return jnp.stack([sums.tokens.total / chunks.shape[-1], sums.chunks.total], -1)
 
     # The same standard normals at every level: a curve over sigma, not a cloud.
-    levels = jax.lax.map(lambda sigma: right(sigma * noise), sigmas)
-    every = jnp.concatenate([levels, right(posterior.std * noise)[None]])
+    levels = jax.lax.map(lambda sigma: right(posterior.mean + sigma * noise), sigmas)
+    every = jnp.concatenate([levels, right(jax.vmap(type(posterior).sample)(posterior, keys))[None]])
     ones = jnp.ones(chunks.shape[1])
     moments = jax.vmap(lambda mean, std, kl: latent_moments(mean, std, kl, ones))(posterior.mean, posterior.std, posterior.kl())
     return every.transpose(1, 0, 2).reshape(len(tokens), -1), moments

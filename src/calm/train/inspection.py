@@ -116,13 +116,15 @@ def _right_under_noise(
     *,
     own_std: bool,
 ) -> Float[Array, "B F"]:
-    """Tokens right (as chunks' worth) at every level, then chunks right; `own_std`: noise as wide as each chunk's posterior."""
+    """Tokens right (as chunks' worth) at every level, then chunks right; `own_std`: noise as each chunk's posterior has it."""
     autoencoder = nnx.merge(graph, params)
     chunks = tokens.reshape(len(tokens), -1, autoencoder.config.chunk_size)
     posterior = autoencoder.encode(chunks)
     keys = jax.vmap(partial(jax.random.fold_in, key))(rows)
-    noise = jax.vmap(lambda key: jax.random.normal(key, posterior.mean.shape[1:]))(keys)
-    noise = noise * (posterior.std if own_std else scale)
+    if own_std:
+        noise = jax.vmap(type(posterior).sample)(posterior, keys) - posterior.mean
+    else:
+        noise = scale * jax.vmap(lambda key: jax.random.normal(key, posterior.mean.shape[1:]))(keys)
 
     def right(sigma: Float[Array, ""]) -> Float[Array, "2 B"]:
         equal = autoencoder.decode(posterior.mean + sigma * noise) == chunks
@@ -150,7 +152,7 @@ def _smoothness(
     def measure(params: Any) -> tuple[Array, Array]:
         model = nnx.merge(graph, params)
         here, there, near = (model.encode(each) for each in (chunks, others, changed))
-        draw = here.std * jax.random.normal(keys["draw"], here.mean.shape)
+        draw = here.sample(keys["draw"]) - here.mean
 
         def root_mean_square(difference: Array, counts: Array) -> Array:
             squares = jnp.square(difference / scale).mean(-1)

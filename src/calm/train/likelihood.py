@@ -84,9 +84,7 @@ def _bound_sums(
             latents = predictor.lm.head(hidden, noise)
             weight = jnp.zeros(latents.shape[:-1])
         else:
-            width = posterior.mean.shape[-1]
-            normal = jax.vmap(lambda key: jax.random.normal(key, (*shape, width)), out_axes=1)(of_group)
-            latents = posterior.mean + posterior.std * normal
+            latents = jax.vmap(lambda law, key: law.draws(key, at_once), out_axes=1)(posterior, of_group)
             weight = predictor.lm.head.log_density(hidden, latents) - posterior.log_prob(latents).sum(-1)
         return predictor.token_log_probs(hidden, previous, latents, targets), weight
 
@@ -98,6 +96,12 @@ def _bound_sums(
         return -bound_curve(smoothed(log_probs, unigram[targets], share).sum(-1) + weight, sizes).sum(1)
 
     return jnp.moveaxis(jax.lax.map(curve, shares), 0, 1).reshape(len(tokens), -1)
+
+
+def _fills_space(predictor: LatentPredictor) -> bool:
+    """Whether the encoder's posterior has a density over all latents."""
+    chunk = jax.ShapeDtypeStruct((1, predictor.chunk_size), jnp.int32)
+    return nnx.eval_shape(lambda model, chunk: model.encode(chunk), predictor.autoencoder, chunk).fills_space
 
 
 def evaluate_likelihood(
@@ -119,7 +123,8 @@ def evaluate_likelihood(
 
     The smoothing share is chosen from `calm.metrics.nll_bound.SHARES` as the one with the best bound on `calibration`, which
     must not be scored: then the bound holds for a model that was fixed before its text was seen. A head with `log_density` is
-    bounded a second time with latents from the encoder.
+    bounded a second time with latents from the encoder, unless its posterior lies on a surface: densities there and in all of
+    the space cannot be divided by one another.
 
     Args:
         blocks, document: token blocks to score and the document that each begins in; a block's first chunk is only context.
@@ -153,7 +158,8 @@ def evaluate_likelihood(
 
     chosen = SHARES[int(np.argmin(run(calibration, SHARES, (num_samples,), False)[0].sum(0)))]
     nats, rate = run(blocks, (chosen,), sizes, False)
-    encoder = run(blocks, (chosen,), sizes, True)[0] if hasattr(predictor.lm.head, "log_density") else None
+    proposes = hasattr(predictor.lm.head, "log_density") and _fills_space(predictor)
+    encoder = run(blocks, (chosen,), sizes, True)[0] if proposes else None
     scored, block_tokens = blocks.shape[1] - predictor.chunk_size, blocks.shape[1]
     alone = -np.log(unigram.probability)[blocks[:, predictor.chunk_size :]].sum(1)
     return LikelihoodReport(

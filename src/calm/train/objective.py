@@ -8,12 +8,13 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from calm.autoencoder import Autoencoder, AutoencoderConfig
+from calm.autoencoder import Autoencoder, AutoencoderConfig, HierarchicalAutoencoder
 from calm.errors import UsageError
 from calm.heads import ChunkPredictor, GatedEnergyHead, GatedEnergyHeadConfig
 from calm.losses import DirectionFrom, Fidelity, clipped_kl, direction_loss, energy_parts, fused_cross_entropy
 from calm.models import LatentLM, LatentLMConfig
 from calm.nn.dense import Dense, Precision, dense_flops
+from calm.posterior import Posterior
 from calm.rng import PRNGKey, stream
 from calm.train.latent_terms import gate_measures, head_loss, log_mean_nats, slot_energy
 from calm.train.response_mask import split_mask, target_weights
@@ -34,24 +35,30 @@ class AutoencoderLossConfig:
 
     kl_weight: float = 1e-3
     kl_clamp: float = 0.5
-    """nats per dimension below which the KL term has no gradient"""
+    """nats per dimension below which the KL term has no gradient; of a power_spherical posterior Z times that per chunk"""
     token_dropout: float = 0.15
     """share of input tokens replaced by the mask id"""
     latent_dropout: float = 0.15
     """share of latent dimensions set to zero, the others rescaled"""
     random_chunks: float = 0.3
     """share of chunks replaced by uniformly random tokens, input and target: teaches rare tokens; not in the paper"""
+    lower_weight: float = 1.0
+    """weight of the same loss on the lower level alone, where the model has one (model.lower_chunk_size)"""
 
     def __post_init__(self) -> None:
         for name in ("token_dropout", "latent_dropout", "random_chunks"):
             if not 0 <= getattr(self, name) < 1:
                 raise UsageError(f"autoencoder loss: {name} must lie in [0, 1), got {getattr(self, name)}")
-        if min(self.kl_weight, self.kl_clamp) < 0:
-            raise UsageError("autoencoder loss: kl_weight and kl_clamp must not be negative")
+        if min(self.kl_weight, self.kl_clamp, self.lower_weight) < 0:
+            raise UsageError("autoencoder loss: kl_weight, kl_clamp and lower_weight must not be negative")
 
 
 class AutoencoderObjective:
-    """K * cross-entropy + kl_weight * clipped KL, averaged over chunks."""
+    """K * cross-entropy + kl_weight * clipped KL, averaged over chunks.
+
+    Of two levels the lower one has the same loss on the parts of the chunk, decoded without the upper one: so that both are
+    codes from which the text comes back, and the lower one's latents bear noise too.
+    """
 
     def __init__(
         self, model: AutoencoderConfig, loss: AutoencoderLossConfig, *, mask_id: int, precision: Precision = "float32"
@@ -78,7 +85,22 @@ class AutoencoderObjective:
             replace = jax.random.bernoulli(stream(key, "random chunks"), self.terms.random_chunks, (chunks.shape[0], 1))
             chunks = jnp.where(replace, random, chunks)
         masked = jax.random.bernoulli(stream(key, "token dropout"), self.terms.token_dropout, chunks.shape)
-        posterior = autoencoder.encode(jnp.where(masked, self.mask_id, chunks))
+        read = jnp.where(masked, self.mask_id, chunks)
+        if not isinstance(autoencoder, HierarchicalAutoencoder):
+            return self._level(autoencoder, autoencoder.encode(read), chunks, key)
+        lower = autoencoder.encode_lower(read)
+        loss, terms = self._level(autoencoder, autoencoder.encode_upper(lower), chunks, key)
+        if self.terms.lower_weight:
+            parts = chunks.reshape(*lower.mean.shape[:-1], -1)
+            own, of_lower = self._level(autoencoder.lower, lower, parts, stream(key, "lower"))
+            loss += self.terms.lower_weight * parts.shape[1] * own
+            terms |= {f"lower_{name}": value for name, value in of_lower.items()}
+        return loss, terms
+
+    def _level(
+        self, autoencoder: Autoencoder, posterior: Posterior, chunks: Int[Array, "*b K"], key: PRNGKey
+    ) -> tuple[Float[Array, ""], Terms]:
+        """The loss of one level, from its posterior."""
         latents = posterior.sample(stream(key, "posterior"))
         kept = jax.random.bernoulli(stream(key, "latent dropout"), 1 - self.terms.latent_dropout, latents.shape)
         latents = jnp.where(kept, latents / (1 - self.terms.latent_dropout), 0.0)
@@ -87,13 +109,16 @@ class AutoencoderObjective:
         nats = fused_cross_entropy(states, autoencoder.table, chunks.reshape(-1), weights, self.precision)
         kl = posterior.kl()
         clipped = clipped_kl(kl, self.terms.kl_clamp).mean()
-        loss = self.model.chunk_size * nats + self.terms.kl_weight * clipped
+        loss = autoencoder.config.chunk_size * nats + self.terms.kl_weight * clipped
         return loss, {"cross_entropy": nats, "kl": kl.sum(-1).mean(), "posterior_std": posterior.std.mean()}
 
     def flops_per_token(self) -> float:
         """Forward and backward FLOPs per token; the backward pass counts twice the forward."""
         model = self.model
-        return 3 * (model.encoder_flops() + model.decoder_flops() + model.vocabulary_flops()) / model.chunk_size
+        chunk = model.encoder_flops() + model.decoder_flops() + model.vocabulary_flops()
+        if model.lower is not None and self.terms.lower_weight:
+            chunk += model.places * model.lower.decoder_flops() + model.vocabulary_flops()
+        return 3 * chunk / model.chunk_size
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

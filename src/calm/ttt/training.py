@@ -20,7 +20,6 @@ from jaxtyping import Array, Float, Int
 
 from calm.autoencoder import Autoencoder
 from calm.errors import UsageError
-from calm.posterior import Gaussian
 from calm.rng import PRNGKey, stream
 from calm.text.tokenizer import Tokenizer
 from calm.ttt.critic import TrainedCritic
@@ -54,8 +53,8 @@ class CriticTraining:
 class Trajectories(NamedTuple):
     """Labelled texts as latents; `length` chunks of each row count."""
 
-    mean: Float[np.ndarray, "R N Z"]
-    log_std: Float[np.ndarray, "R N Z"]
+    posterior: Any
+    """of each chunk, `[R N Z]`"""
     length: Int[np.ndarray, "R"]
     label: Float[np.ndarray, "R"]
     """1 = wanted"""
@@ -181,21 +180,21 @@ def _encoded(autoencoder: Autoencoder, rows: Sequence[tuple[np.ndarray, float]],
     for start in range(0, len(rows), ROWS_AT_ONCE):
         part = chunks[start : start + ROWS_AT_ONCE]
         padded = np.pad(part, ((0, ROWS_AT_ONCE - len(part)), (0, 0), (0, 0)))
-        parts.append([np.asarray(x)[: len(part)] for x in _posterior(graphdef, params, jnp.asarray(padded))])
-    mean, log_std = (np.concatenate(each) for each in zip(*parts, strict=True))
+        parts.append(_posterior(graphdef, params, jnp.asarray(padded)))
+    posterior = jax.tree.map(lambda *each: np.concatenate(each)[: len(rows)], *parts)  # only the last part was padded
     length = np.array([len(row) for row, _ in rows], np.int32)
-    return Trajectories(mean, log_std, length, np.array([label for _, label in rows], np.float32))
+    return Trajectories(posterior, length, np.array([label for _, label in rows], np.float32))
 
 
 @partial(jax.jit, static_argnums=0)
 def _posterior(graphdef: Any, params: Any, chunks: Int[Array, "R N K"]) -> Any:
-    return tuple(nnx.merge(graphdef, params).encode(chunks))
+    return nnx.merge(graphdef, params).encode(chunks)
 
 
 def _fit(train: Trajectories, chosen: Trajectories, options: CriticTraining) -> TrainedCritic:
     """AdamW on draws of the posteriors; of ten times along the way, the one that is best on `chosen`."""
-    counted = np.arange(train.mean.shape[1]) < train.length[:, None]
-    latents = train.mean[counted]
+    means = np.asarray(train.posterior.mean)
+    latents = means[np.arange(means.shape[1]) < train.length[:, None]]
     critic = _start(jax.random.key(options.seed), latents.mean(0), latents.std(0) + 1e-3, options.width)
     fixed = ("origin", "spread", "temperature")
     weights = {field.name: getattr(critic, field.name) for field in dataclasses.fields(critic) if field.name not in fixed}
@@ -207,7 +206,7 @@ def _fit(train: Trajectories, chosen: Trajectories, options: CriticTraining) -> 
     def some_steps(weights: Any, state: Any, key: PRNGKey, data: Trajectories) -> tuple[Any, Any]:
         def loss(weights: Any, key: PRNGKey) -> Float[Array, ""]:
             pick = jax.random.randint(stream(key, "rows"), (options.batch_size,), 0, len(data.label))
-            latents = Gaussian(jnp.asarray(data.mean)[pick], jnp.asarray(data.log_std)[pick]).sample(stream(key, "latents"))
+            latents = jax.tree.map(lambda x: x[pick], data.posterior).sample(stream(key, "latents"))
             logits = dataclasses.replace(critic, **weights).logit(latents, data.length[pick])
             return optax.sigmoid_binary_cross_entropy(logits, data.label[pick]).mean()
 
@@ -251,7 +250,7 @@ def _mean_logits(critic: TrainedCritic, latents: Array, length: Array) -> Float[
 
 def _logits(critic: TrainedCritic, data: Trajectories) -> Float[np.ndarray, "R"]:
     """Of posterior means."""
-    return np.asarray(_mean_logits(critic, jnp.asarray(data.mean), jnp.asarray(data.length)), np.float64)
+    return np.asarray(_mean_logits(critic, jnp.asarray(data.posterior.mean), jnp.asarray(data.length)), np.float64)
 
 
 # -- calibration ------------------------------------------------------------------------------------------------------
