@@ -24,7 +24,7 @@ from calm.experiments.runner import Cell
 from calm.experiments.study import LanguageModelStudy, Place, Study
 from calm.heads import DiffusionHeadConfig, EnergyHeadConfig, FlowHeadConfig, HeadConfig, MixtureHeadConfig
 from calm.models import LatentLMConfig
-from calm.models.context_decoder import ContextDecoderConfig
+from calm.presets.presets import SMALL_WRITER
 from calm.stages import LatentLMRun, TokenLMRun
 from calm.train.objective import LatentLossConfig
 from calm.train.settings import TrainConfig
@@ -83,7 +83,7 @@ def written_run(place: Place, chunk_size: int = 4, *, reads: str = "latent", **l
     use_latent, use_hidden = reads in ("latent", "both"), reads in ("hidden", "both")
     light: dict[str, object] = dict(num_samples=2, energy_weight=0.1 if use_latent else 0.0, likelihood_weight=1.0)
     terms = LatentLossConfig(**{**light, "likelihood_samples": 1, **loss})  # type: ignore[arg-type]
-    writer = ContextDecoderConfig(use_latent=use_latent, use_hidden=use_hidden)
+    writer = dataclasses.replace(SMALL_WRITER, use_latent=use_latent, use_hidden=use_hidden)
     model = _with(pure.model, head=EnergyHeadConfig(num_blocks=1), context_decoder=writer)
     optimizer = dataclasses.replace(pure.train.optimizer, learning_rate=RATES["written"])
     return dataclasses.replace(pure, model=model, loss=terms, train=dataclasses.replace(pure.train, optimizer=optimizer))

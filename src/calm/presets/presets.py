@@ -37,6 +37,9 @@ from calm.train.objective import AutoencoderLossConfig, LatentLossConfig
 from calm.train.optim import OptimizerConfig
 from calm.train.settings import TrainConfig
 
+SMALL_WRITER = ContextDecoderConfig(num_layers=1, inner_dim=344, recall=512)
+"""the decoder inside the chunk of the small presets: what it looks back on is worth more than layers of its own (docs/log.md)"""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Preset:
@@ -142,7 +145,7 @@ def _written(pure: Preset, name: str, summary: str, *, steps: int, learning_rate
     sampled latent alone, trained by its likelihood; a light energy score over two samples keeps the latents near the
     autoencoder's.
     """
-    writer = ContextDecoderConfig(use_hidden=False)
+    writer = dataclasses.replace(SMALL_WRITER, use_hidden=False)
     model = dataclasses.replace(pure.lm.model, head=EnergyHeadConfig(num_blocks=1), context_decoder=writer)
     loss = LatentLossConfig(num_samples=2, energy_weight=0.1, likelihood_weight=1.0, likelihood_samples=1)
     train = dataclasses.replace(
