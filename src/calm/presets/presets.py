@@ -38,7 +38,7 @@ from calm.train.optim import OptimizerConfig
 from calm.train.settings import TrainConfig
 
 SMALL_WRITER = ContextDecoderConfig(num_layers=1, inner_dim=344, recall=512)
-"""the decoder inside the chunk of the small presets: what it looks back on is worth more than layers of its own (docs/log.md)"""
+"""the decoder inside the chunk of the small presets: what it looks back on is worth more than more layers (docs/log.md)"""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
