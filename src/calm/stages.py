@@ -262,7 +262,7 @@ def run_training(
 
 def _flops_before(run: Run, out: str | Path) -> float:
     """FLOPs of the autoencoder that a latent language model was trained on, where its run says them; 0 where nobody knows."""
-    if not isinstance(run, LatentLMRun):
+    if not isinstance(run, LatentLMRun) or not run.model.has_latents:
         return 0.0
     recorded = RunFolder(out, writes=False).read_meta().get("flops")
     if recorded is not None:  # the run goes on: the autoencoder's folder may be gone by now

@@ -13,6 +13,7 @@ from calm.experiments import runner, studies
 from calm.experiments.runner import Cell, autoencoder_flops, flops_per_token, grid, parse_axes, run_cells, sized, taken
 from calm.experiments.scoring import WRITING_COLUMNS, over_seeds, results_table
 from calm.experiments.study import LanguageModelStudy, Place, Request, _held_out
+from calm.models.context_decoder import ContextDecoderConfig
 from calm.models.token_lm import TokenLMConfig
 from calm.nn import BackboneConfig
 from calm.stages import LatentLMRun, TokenLMRun, load_run_config
@@ -38,6 +39,9 @@ def test_a_budget_pays_for_the_autoencoder_too(tiny_runs):
     assert before == flops_per_token(stage_1) * 4 * 2 * 192  # steps, rows, tokens in a row
     assert sized(run, before + 7.5 * step).train.steps == 7
     assert autoencoder_flops(token_run(tiny_runs)) == 0
+    writers = [ContextDecoderConfig(use_latent=use_latent) for use_latent in (True, False)]
+    written = [dataclasses.replace(run, model=dataclasses.replace(run.model, context_decoder=writer)) for writer in writers]
+    assert [autoencoder_flops(each) for each in written] == [before, 0]  # nothing of the second is a latent
     with pytest.raises(UsageError, match="is too little: the autoencoder took"):
         sized(run, before + 0.5 * step)
 

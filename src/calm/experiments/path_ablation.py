@@ -131,7 +131,8 @@ def maskings(lm: TokenLM, length: int) -> dict[str, TokenLM]:
 
 
 def ablation_score(folder: Path, score: LanguageModelScore) -> dict[str, Any]:
-    """Nats per held-out token, every token of a block but its first, of a trained model and of its `maskings`."""
+    """Nats per held-out token, every token of a block but its first, of a trained model and, of the whole one, of its
+    `maskings`."""
     model = bundle.load(folder, precision=score.precision)
     if not isinstance(model.lm, TokenLM):
         raise UsageError(f"{folder}: holds no token model")
@@ -146,7 +147,7 @@ def ablation_score(folder: Path, score: LanguageModelScore) -> dict[str, Any]:
 
     own = nats(model.lm)
     masked: dict[str, float] = {}
-    if model.lm.backbone.config.pattern == LETTERS:
+    if (model.lm.backbone.config.pattern, model.lm.backbone.config.num_segments) == RETRAINED[FULL]:
         for name, lm in maskings(model.lm, blocks.shape[1] - 1).items():
             masked[name] = own if lm is model.lm else nats(lm)
     manifest = opened.manifest
@@ -163,8 +164,8 @@ def ablation_score(folder: Path, score: LanguageModelScore) -> dict[str, Any]:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AblationStudy:
-    """The cells of this module, each scored whole, and those with all paths also with parts of them masked: a table, every
-    number in `OUT/results.csv`, and a picture."""
+    """The cells of this module, each scored whole, and the one with all paths and segments also with parts of it masked: a
+    table, every number in `OUT/results.csv`, and a picture."""
 
     summary: str = "what the paths, the segments and the controller of a hybrid token model are worth, masked and retrained"
     options: frozenset[str] = frozenset(("data", "budget", "grid", "precision", "split", "max_tokens")) & OF_LANGUAGE_MODELS

@@ -158,8 +158,8 @@ def flops_per_token(run: Run) -> float:
 
 
 def autoencoder_flops(run: Run) -> float:
-    """FLOPs that training the autoencoder of a latent model took; 0 for the other kinds."""
-    if not isinstance(run, LatentLMRun):
+    """FLOPs that training the autoencoder of a latent model took; 0 for the other kinds, and for a model without a latent."""
+    if not isinstance(run, LatentLMRun) or not run.model.has_latents:
         return 0.0
     stage_1 = load_run_config(run.autoencoder)
     if not isinstance(stage_1, AutoencoderRun):

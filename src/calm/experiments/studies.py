@@ -75,9 +75,12 @@ def pure_run(place: Place, chunk_size: int = 4, **loss: object) -> LatentLMRun:
     )
 
 
-def written_run(place: Place, chunk_size: int = 4, *, reads: str = "latent", **loss: object) -> LatentLMRun:
+def written_run(
+    place: Place, chunk_size: int = 4, *, reads: str = "latent", rate: float = RATES["written"], **loss: object
+) -> LatentLMRun:
     """CALM whose chunks a context decoder writes. It `reads` the sampled latent alone, which a light energy score over two
-    samples keeps near the autoencoder's; or the hidden state alone, and then no latent is trained; or both.
+    samples keeps near the autoencoder's; or the hidden state alone, and then there is no latent, and no autoencoder to pay for;
+    or both. From the hidden state at K = 1 it is a token model with this decoder, what it looks back on included.
     """
     pure = pure_run(place, chunk_size)
     use_latent, use_hidden = reads in ("latent", "both"), reads in ("hidden", "both")
@@ -85,7 +88,7 @@ def written_run(place: Place, chunk_size: int = 4, *, reads: str = "latent", **l
     terms = LatentLossConfig(**{**light, "likelihood_samples": 1, **loss})  # type: ignore[arg-type]
     writer = dataclasses.replace(SMALL_WRITER, use_latent=use_latent, use_hidden=use_hidden)
     model = _with(pure.model, head=EnergyHeadConfig(num_blocks=1), context_decoder=writer)
-    optimizer = dataclasses.replace(pure.train.optimizer, learning_rate=RATES["written"])
+    optimizer = dataclasses.replace(pure.train.optimizer, learning_rate=rate)
     return dataclasses.replace(pure, model=model, loss=terms, train=dataclasses.replace(pure.train, optimizer=optimizer))
 
 
@@ -100,6 +103,7 @@ def _chunk_sizes(place: Place, budget: float | None) -> list[Cell]:
         "calm-k2": written_run(place, 2),
         "calm-k1": written_run(place, 1),
         "hidden-k4": written_run(place, 4, reads="hidden"),
+        "hidden-k1": written_run(place, 1, reads="hidden", rate=RATES["token"]),
         "pure-k4": pure_run(place, 4, auxiliary_weight=1.0),
     }
     return [Cell(name=name, run=run, budget=budget) for name, run in runs.items()]

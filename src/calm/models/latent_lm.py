@@ -35,6 +35,11 @@ class LatentLMConfig:
     init_std: float | None = None
     """standard deviation of the stem's embedding and kernels; none = 1 / sqrt(width or fan-in); published 0.02"""
 
+    @property
+    def has_latents(self) -> bool:
+        """Whether anything in it is a latent: not where tokens are read and a context decoder writes from the hidden state."""
+        return self.stem != "discrete" or self.context_decoder is None or self.context_decoder.use_latent
+
     def build(self, *, rngs: nnx.Rngs, precision: Precision = "float32") -> "LatentLM":
         return LatentLM(self, rngs=rngs, precision=precision)
 
