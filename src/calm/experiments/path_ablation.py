@@ -33,8 +33,10 @@ from calm.train.evaluate import score_ngram
 from calm.train.token_likelihood import token_likelihood
 
 ROWS, NUM_TOKENS, RATE, SEED = 2, 512, 3e-3, 0
+SIZES: dict[str, int] = dict(dim=128, num_heads=2, num_kv_heads=2, inner_dim=344)
+"""half the width of `wikitext2-tiny`: 27 runs on two cores, each of which is to see some hundred thousand words"""
 TABLE_DIM = 64
-"""width of the token table: at the model's own 256 the softmax over 33,278 words would take two thirds of a small budget"""
+"""width of the token table, for the same reason: the softmax over 33,278 words would take most of a small budget"""
 LETTERS = "SHA"
 FULL = "SHA-3"
 """the cell with all paths and segments"""
@@ -80,7 +82,7 @@ def cells(data: str, budget: float | None) -> list[Cell]:
     train = dataclasses.replace(base.train, batch_size=ROWS, num_tokens=NUM_TOKENS, optimizer=optimizer)
     found = []
     for name, (pattern, segments) in RETRAINED.items():
-        backbone = dataclasses.replace(base.model.backbone, pattern=pattern, num_segments=segments)
+        backbone = dataclasses.replace(base.model.backbone, pattern=pattern, num_segments=segments, **SIZES)
         model = dataclasses.replace(base.model, backbone=backbone, table_dim=TABLE_DIM)
         found.append(Cell(name=name, run=dataclasses.replace(base, data=data, model=model, train=train), budget=budget))
     return found
