@@ -33,7 +33,7 @@ from calm.train.evaluate import score_ngram
 from calm.train.token_likelihood import token_likelihood
 
 ROWS, NUM_TOKENS, RATE, SEED = 2, 512, 3e-3, 0
-SIZES: dict[str, int] = dict(dim=128, num_heads=2, num_kv_heads=2, inner_dim=344)
+SIZES: dict[str, Any] = dict(dim=128, num_heads=2, num_kv_heads=2, inner_dim=344)
 """half the width of `wikitext2-tiny`: 27 runs on two cores, each of which is to see some hundred thousand words"""
 TABLE_DIM = 64
 """width of the token table, for the same reason: the softmax over 33,278 words would take most of a small budget"""
