@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int
 
 from calm.autoencoder.decoder import ScoringTable, best_token, draw_token
 from calm.errors import UsageError
-from calm.models.recall import Memory, Recall, table_rows
+from calm.models.recall import Memory, Recall
 from calm.nn.dense import Dense, Precision, dense_flops
 from calm.nn.mlp import ResidualSwiGLU, SwiGLU
 from calm.nn.stack import Stack
@@ -149,7 +149,7 @@ class ContextDecoder(nnx.Module):
     ) -> Float[Array, "*b W"]:
         """The state whose product with the table are the logits of the token at `place`, given the tokens before it and what
         they recall."""
-        embedded = table_rows(self.table, window).reshape(*window.shape[:-1], -1)
+        embedded = jnp.where(window[..., None] == NOTHING, 0.0, self.table[window]).reshape(*window.shape[:-1], -1)
         x = plan + self.from_window(self.norm_window(embedded)) + self.from_place[...][place]
         if self.from_recall is not None and recalled is not None:
             x += self.from_recall(recalled)
@@ -175,7 +175,7 @@ class ContextDecoder(nnx.Module):
             window, size = self.config.window, self.chunk_size
             memory = self.recall.remember(self.table, previous)
             before = jnp.concatenate([previous[..., -window:], chunks[..., :-1]], axis=-1)
-            likeness = self.recall.likeness(memory, table_rows(self.table, before))
+            likeness = self.recall.likeness(memory, self.table, before)
             offsets = range(1, window + 1)
             recalled = self.recall.read(memory, [likeness[..., window - o : window - o + size, :] for o in offsets])
         return self._all_places(plan, previous[..., -self.config.window :], chunks, recalled)
@@ -231,14 +231,14 @@ class Looking:
     def __init__(self, recall: Recall, table: Float[Array, "V W"], previous: Int[Array, "*b w"], num_samples: int):
         self.recall, self.table, window = recall, table, recall.window
         self.memory = recall.remember(table, previous)
-        common = recall.likeness(self.memory, table_rows(table, previous[..., -window:]))
+        common = recall.likeness(self.memory, table, previous[..., -window:])
         shape = (*common.shape[:-2], num_samples, common.shape[-1])
         self.likeness = [jnp.broadcast_to(common[..., x, None, :], shape) for x in range(window)]  # oldest token first
 
     def saw(self, token: Int[Array, "S *b"]) -> None:
         """One more token of every sample."""
-        rows = jnp.moveaxis(table_rows(self.table, token), 0, -2)
-        self.likeness = [*self.likeness[1:], self.recall.likeness(self.memory, rows)]
+        likeness = self.recall.likeness(self.memory, self.table, jnp.moveaxis(token, 0, -1))
+        self.likeness = [*self.likeness[1:], likeness]
 
     def recalled(self) -> Float[Array, "S *b W"]:
         return jnp.moveaxis(self.recall.read(self.memory, self.likeness[::-1]), -2, 0)

@@ -31,20 +31,10 @@ class Memory(NamedTuple):
     """The last R + w tokens of a text, of which the last R can be recalled."""
 
     rows: Float[Array, "*b M W"]
-    """of the table; 0 where there is no token"""
-    units: Float[Array, "*b M W"]
-    """the same, of length 1"""
+    """of the table, as operands of products"""
+    scale: Float[Array, "*b M"]
+    """one over their length; 0 where there is no token"""
     known: Bool[Array, "*b R"]
-
-
-def table_rows(table: Float[Array, "V W"], tokens: Int[Array, "*b"]) -> Float[Array, "*b W"]:
-    """Rows of a table; 0 where there is no token."""
-    return jnp.where(tokens[..., None] == NOTHING, 0.0, table[tokens].astype(jnp.float32))
-
-
-def unit(rows: Float[Array, "*b W"]) -> Float[Array, "*b W"]:
-    """Rows of length 1; those of length 0 stay."""
-    return rows * jax.lax.rsqrt(jnp.square(rows).sum(-1, keepdims=True) + 1e-6)
 
 
 class Recall(nnx.Module):
@@ -62,13 +52,13 @@ class Recall(nnx.Module):
 
     def remember(self, table: Float[Array, "V W"], tokens: Int[Array, "*b M"]) -> Memory:
         """The memory of the R + w tokens before a chunk; `NOTHING` before the first of a text."""
-        rows = table_rows(table, tokens)
-        return Memory(rows, unit(rows), tokens[..., self.window :] != NOTHING)
+        return Memory(*self._rows(table, tokens), tokens[..., self.window :] != NOTHING)
 
-    def likeness(self, memory: Memory, rows: Float[Array, "*b X W"]) -> Float[Array, "*b X M"]:
+    def likeness(self, memory: Memory, table: Float[Array, "V W"], tokens: Int[Array, "*b X"]) -> Float[Array, "*b X M"]:
         """Of X tokens and those of the memory, one by one."""
-        ours, theirs = operand(unit(rows), self.precision), operand(memory.units, self.precision)
-        return jnp.einsum("...xw,...mw->...xm", ours, theirs, preferred_element_type=jnp.float32)
+        rows, scale = self._rows(table, tokens)
+        alike = jnp.einsum("...xw,...mw->...xm", rows, memory.rows, preferred_element_type=jnp.float32)
+        return alike * scale[..., None] * memory.scale[..., None, :]
 
     def read(self, memory: Memory, before: Sequence[Float[Array, "*b X M"]]) -> Float[Array, "*b X W"]:
         """What is recalled at X places, `before[o - 1]` being the likeness of the token o before each."""
@@ -80,17 +70,17 @@ class Recall(nnx.Module):
 
     def read_behind(self, memory: Memory, table: Float[Array, "V W"], window: Int[Array, "*b w"]) -> Float[Array, "*b W"]:
         """What is recalled at the place behind a window of tokens."""
-        likeness = self.likeness(memory, table_rows(table, window))
+        likeness = self.likeness(memory, table, window)
         before = [likeness[..., self.window - o : self.window - o + 1, :] for o in range(1, self.window + 1)]
         return self.read(memory, before)[..., 0, :]
 
     def over_text(self, table: Float[Array, "V W"], chunks: Int[Array, "B M K"]) -> Float[Array, "B N K W"]:
         """What is recalled at the places of every chunk but the first: every likeness is worked out once."""
         batch, length, size = chunks.shape
-        tokens = chunks.reshape(batch, -1)
-        rows = table_rows(table, tokens)
-        units, total = operand(unit(rows), self.precision), length * size
-        alike = jnp.einsum("btw,bsw->bts", units, units, preferred_element_type=jnp.float32)
+        tokens, total = chunks.reshape(batch, -1), length * size
+        rows, scale = self._rows(table, tokens)
+        alike = jnp.einsum("btw,bsw->bts", rows, rows, preferred_element_type=jnp.float32)
+        alike *= scale[:, :, None] * scale[:, None, :]
         match, scores = self.match[...], jnp.zeros(())
         for o in range(1, self.window + 1):  # the tokens o before both; before the text there is nothing alike
             scores += match[o - 1] * jnp.pad(alike, ((0, 0), (o, 0), (o, 0)))[:, size:total, :total]
@@ -99,8 +89,14 @@ class Recall(nnx.Module):
         scores = jnp.where((ago > 0) & (ago <= self.length) & (tokens != NOTHING)[:, None], scores, -jnp.inf)
         return self._mean(scores, rows).reshape(batch, length - 1, size, -1)
 
+    def _rows(self, table: Float[Array, "V W"], tokens: Int[Array, "*b"]) -> tuple[Float[Array, "*b W"], Float[Array, "*b"]]:
+        """Rows of the table as operands, and one over their length. Lengths are taken by id: a branch of a text has hundreds of
+        tokens to remember, and what is worked out for each is written to memory."""
+        scale = jax.lax.rsqrt(jnp.square(table.astype(jnp.float32)).sum(-1) + 1e-6)
+        return operand(table, self.precision)[tokens], jnp.where(tokens == NOTHING, 0.0, scale[tokens])
+
     def _mean(self, scores: Float[Array, "*b X R"], rows: Float[Array, "*b R W"]) -> Float[Array, "*b X W"]:
         nothing = jnp.broadcast_to(self.nothing[...], (*scores.shape[:-1], 1))
         shares = jax.nn.softmax(jnp.concatenate([scores, nothing], axis=-1), axis=-1)[..., :-1]
         products = dict(preferred_element_type=jnp.float32)
-        return jnp.einsum("...xr,...rw->...xw", operand(shares, self.precision), operand(rows, self.precision), **products)
+        return jnp.einsum("...xr,...rw->...xw", operand(shares, self.precision), rows, **products)
