@@ -182,7 +182,10 @@ class TokenLM(nnx.Module):
             logits = matmul(states, self.table.T, self.precision)
         else:
             columns = product(operand(states, self.precision), table.columns)
-            logits = jnp.full((states.shape[0], self.vocab_size), -jnp.inf).at[:, table.ids].set(columns)
+            # A gather, not a scatter: of a scatter the CPU compiler makes a transposed product that it has no bfloat16 code for.
+            place = jnp.full((self.vocab_size,), columns.shape[1], jnp.int32)
+            place = place.at[table.ids].set(jnp.arange(columns.shape[1], dtype=jnp.int32))
+            logits = jnp.pad(columns, ((0, 0), (0, 1)), constant_values=-jnp.inf)[:, place]
         return logits.reshape(*hidden.shape[:-1], -1)
 
     def nats_and_match(
