@@ -13,12 +13,12 @@ from jaxtyping import Float, Int
 from calm.autoencoder import Autoencoder
 from calm.bundle import Bundle
 from calm.errors import UsageError
-from calm.models import NextVector
+from calm.models import LatentLM, NextVector
 from calm.report.alignment import AlignmentReport, Way
 from calm.rng import row_keys, stream
 from calm.stages import validation_blocks
 from calm.train.text_quality import Judge
-from calm.ttt.concept import concept_of_texts, concept_of_words, parse_words
+from calm.ttt.concept import Reader, concept_of_texts, concept_of_words, encoded, expected, parse_words
 from calm.ttt.controls import directions, moved, random_changes
 from calm.ttt.cost import AlignmentCost, alignment_cost
 from calm.ttt.critic import ConceptCritic, ShuffledCritic, checked_rewards, weighted
@@ -43,12 +43,20 @@ def concept_critic(
     Raises:
         UsageError: no words, words that the text does not have, or a file that cannot be read.
     """
-    autoencoder = _autoencoder(model)
+    read, size = latent_reader(model), _autoencoder(model).config.chunk_size
     opened = model.prepared_data(data)
     blocks, _ = validation_blocks(opened, model.block_tokens, split, max_tokens)
     if concept.startswith("@"):
-        return concept_of_texts(read_lines(concept[1:], "concept"), blocks, autoencoder, model.tokenizer)
-    return concept_of_words(parse_words(concept), blocks, autoencoder, model.tokenizer)
+        return concept_of_texts(read_lines(concept[1:], "concept"), blocks, size, read, model.tokenizer)
+    return concept_of_words(parse_words(concept), blocks, size, read, model.tokenizer)
+
+
+def latent_reader(model: Bundle) -> Reader:
+    """What the latent of a chunk of text is to this model: its own expectation where a decoder inside the chunk reads it, else
+    the autoencoder's posterior mean."""
+    if isinstance(model.lm, LatentLM) and model.lm.context_decoder is not None:
+        return expected(require_steerable(model.predictor))
+    return encoded(_autoencoder(model))
 
 
 def gather_critic(

@@ -12,7 +12,7 @@ import ttt_models
 from calm.autoencoder import AutoencoderConfig
 from calm.errors import UsageError
 from calm.text.tokenizer import load_tokenizer, train_words
-from calm.ttt.concept import chunks_with, concept_of_texts, concept_of_words, mean_latent, parse_words
+from calm.ttt.concept import chunks_with, concept_of_texts, concept_of_words, encoded, expected, parse_words
 from calm.ttt.critic import ConceptCritic, ShuffledCritic, as_pytree, checked_rewards, weighted
 from calm.ttt.critic_files import fingerprint, load_critic, save_critic
 from calm.ttt.training import CriticTraining, calibration_error, other_order, read_lines, train_critic
@@ -124,29 +124,45 @@ def test_the_direction_goes_from_the_general_mean_to_that_of_the_concept(autoenc
     tokenizer = load_tokenizer("bytes")
     ids = tokenizer.encode("the sea was calm and the ship sailed on the open sea. " * 8)
     blocks = ids[: len(ids) // 64 * 64].reshape(-1, 64)
-    critic, count = concept_of_words(["sea", "ship"], blocks, autoencoder, tokenizer)
+    critic, count = concept_of_words(["sea", "ship"], blocks, 4, encoded(autoencoder), tokenizer)
     found = chunks_with(["sea", "ship"], blocks, 4, tokenizer)
     means = np.asarray(autoencoder.encode(jnp.asarray(blocks.reshape(-1, 4))).mean)
     np.testing.assert_allclose(critic.origin, means.mean(0), atol=1e-5)
     toward = means[found.reshape(-1)].mean(0) - means.mean(0)
     np.testing.assert_allclose(critic.direction, toward / np.linalg.norm(toward), atol=1e-4)
     assert count == found.sum() and float(np.linalg.norm(critic.direction)) == pytest.approx(1, abs=1e-5)
-    by_text, count = concept_of_texts(["ship ahoy!", "sea"], blocks, autoencoder, tokenizer)
-    toward = mean_latent(autoencoder, tokenizer.encode("ship aho").reshape(-1, 4)) - np.asarray(critic.origin)
+    by_text, count = concept_of_texts(["ship ahoy!", "sea"], blocks, 4, encoded(autoencoder), tokenizer)
+    own = autoencoder.encode(jnp.asarray(tokenizer.encode("ship aho").reshape(-1, 4))).mean.mean(0)
+    toward = np.asarray(own) - np.asarray(critic.origin)
     assert count == 2
     np.testing.assert_allclose(by_text.direction, toward / np.linalg.norm(toward), atol=1e-4)
+
+
+def test_a_model_with_a_decoder_inside_the_chunk_is_asked_what_it_expects():
+    """The latents of a chunk are those that the model draws in front of it; before the first chunk it has read nothing."""
+    predictor = ttt_models.next_vector(writer=ttt_models.WRITER)
+    size = predictor.chunk_size
+    rows = np.random.default_rng(0).integers(2, 8, (3, 5, size)).astype(np.int32)
+    latents = expected(predictor, num_draws=64)(rows)
+    assert np.isnan(latents[:, 0]).all() and latents.shape == (3, 5, predictor.lm.config.latent_dim)
+    hidden, _ = predictor.hidden(jnp.asarray(rows))
+    mean = np.asarray(predictor.lm.sample(jax.random.key(5), hidden, 4096)).mean(0)
+    spread = np.asarray(predictor.lm.sample(jax.random.key(6), hidden, 256)).std(0)
+    assert (np.abs(latents[:, 1:] - mean[:, :-1]) < 5 * spread[:, :-1] / 8 + 1e-3).all()
+    with pytest.raises(UsageError, match="are one chunk of . tokens; a model needs two"):
+        concept_of_texts(["a" * size], rows.reshape(3, -1), size, expected(predictor), load_tokenizer("bytes"))
 
 
 def test_a_concept_that_the_text_does_not_know_is_refused(autoencoder):
     blocks = np.full((2, 16), 65, np.int32)
     with pytest.raises(UsageError, match="concept xyzzy: not one of its words is in the 32 tokens"):
-        concept_of_words(["xyzzy"], blocks, autoencoder, load_tokenizer("bytes"))
+        concept_of_words(["xyzzy"], blocks, 4, encoded(autoencoder), load_tokenizer("bytes"))
     with pytest.raises(UsageError, match="holds no word"):
         parse_words(" , ")
     with pytest.raises(UsageError, match="not one whole chunk of 4 tokens"):
-        concept_of_texts(["abc"], blocks, autoencoder, load_tokenizer("bytes"))
+        concept_of_texts(["abc"], blocks, 4, encoded(autoencoder), load_tokenizer("bytes"))
     with pytest.raises(UsageError, match="so there is no direction"):
-        concept_of_words(["AAAAAAAAAAAAAAAA"], blocks, autoencoder, load_tokenizer("bytes"))
+        concept_of_words(["AAAAAAAAAAAAAAAA"], blocks, 4, encoded(autoencoder), load_tokenizer("bytes"))
     assert parse_words("war, new  york,,army") == ("war", "new york", "army")
 
 

@@ -182,7 +182,7 @@ class TokenLM(nnx.Module):
             logits = matmul(states, self.table.T, self.precision)
         else:
             columns = product(operand(states, self.precision), table.columns)
-            # A gather, not a scatter: of a scatter the CPU compiler makes a transposed product that it has no bfloat16 code for.
+            # A gather, not a scatter: for that the CPU compiler transposes the product, and has no bfloat16 code for it then.
             place = jnp.full((self.vocab_size,), columns.shape[1], jnp.int32)
             place = place.at[table.ids].set(jnp.arange(columns.shape[1], dtype=jnp.int32))
             logits = jnp.pad(columns, ((0, 0), (0, 1)), constant_values=-jnp.inf)[:, place]

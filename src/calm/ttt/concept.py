@@ -1,13 +1,14 @@
 """A concept as a direction in latent space: from the mean latent of text in general to the mean latent of the concept.
 
 The concept is given by words, which are looked for in prepared text: the chunks that hold a part of one of them count. Or it is
-given by example texts, all of whose chunks count. Means are of posterior means. Difference of means as in contrastive
+given by example texts, all of whose chunks count. Whose latents these are, a `Reader` says: the autoencoder's of the text
+(`encoded`), or those that the model itself expects there (`expected`). Difference of means as in contrastive
 activation addition (Rimsky et al. 2023, arXiv:2312.06681), here on latents that stand for chunks of text and not on
 activations.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -19,10 +20,13 @@ from jaxtyping import Array, Bool, Float, Int
 
 from calm.autoencoder import Autoencoder
 from calm.errors import UsageError
+from calm.models import NextVector
 from calm.text.tokenizer import Tokenizer
 from calm.ttt.critic import ConceptCritic
 
 CHUNKS_AT_ONCE = 4096
+Reader = Callable[[Int[np.ndarray, "R N K"]], Float[np.ndarray, "R N Z"]]
+"""rows of chunks to the latent of each; nan where there is none"""
 
 
 def parse_words(concept: str) -> tuple[str, ...]:
@@ -57,53 +61,96 @@ def chunks_with(
 
 
 def concept_of_words(
-    words: Sequence[str], blocks: Int[np.ndarray, "R T"], autoencoder: Autoencoder, tokenizer: Tokenizer
+    words: Sequence[str], blocks: Int[np.ndarray, "R T"], chunk_size: int, read: Reader, tokenizer: Tokenizer
 ) -> tuple[ConceptCritic, int]:
     """The critic of a concept given by words, and in how many chunks of the text they were found.
 
     Raises:
         UsageError: none of the words is in the text.
     """
-    size = autoencoder.config.chunk_size
-    found = chunks_with(words, blocks, size, tokenizer).reshape(-1)
+    rows = as_rows(blocks, chunk_size)
+    latents = read(rows)
+    found = chunks_with(words, blocks, chunk_size, tokenizer) & np.isfinite(latents[..., 0])
     if not found.any():
         raise UsageError(
             f"concept {', '.join(words)}: not one of its words is in the {blocks.size:,} tokens that were searched; "
             "choose words of the text that the model was trained on"
         )
-    chunks = blocks[:, : blocks.shape[1] // size * size].reshape(-1, size)
-    general = mean_latent(autoencoder, chunks)
-    return _toward(general, mean_latent(autoencoder, chunks[found]), ", ".join(words)), int(found.sum())
+    return _toward(_mean(latents), latents[found].mean(0), ", ".join(words)), int(found.sum())
 
 
 def concept_of_texts(
-    texts: Sequence[str], blocks: Int[np.ndarray, "R T"], autoencoder: Autoencoder, tokenizer: Tokenizer
+    texts: Sequence[str], blocks: Int[np.ndarray, "R T"], chunk_size: int, read: Reader, tokenizer: Tokenizer
 ) -> tuple[ConceptCritic, int]:
-    """The critic of a concept given by example texts, and how many chunks they have."""
-    size = autoencoder.config.chunk_size
-    rows = [ids[: len(ids) // size * size].reshape(-1, size) for ids in tokenizer.encode_batch(list(texts))]
-    examples = np.concatenate(rows) if rows else np.zeros((0, size), np.int32)
+    """The critic of a concept given by example texts, each of which begins a chunk, and how many chunks they have."""
+    parts = [ids[: len(ids) // chunk_size * chunk_size] for ids in tokenizer.encode_batch(list(texts))]
+    examples = np.concatenate(parts) if parts else np.zeros(0, np.int32)
     if not len(examples):
-        raise UsageError(f"concept: the {len(texts)} example texts have not one whole chunk of {size} tokens")
-    general = mean_latent(autoencoder, blocks[:, : blocks.shape[1] // size * size].reshape(-1, size))
-    return _toward(general, mean_latent(autoencoder, examples), "of example texts"), len(examples)
+        raise UsageError(f"concept: the {len(texts)} example texts have not one whole chunk of {chunk_size} tokens")
+    length = min(len(examples), blocks.shape[1] // chunk_size * chunk_size)  # they are read one after the other
+    own = read(as_rows(examples[: len(examples) // length * length].reshape(-1, length), chunk_size))
+    count = int(np.isfinite(own[..., 0]).sum())
+    if not count:
+        raise UsageError(f"concept: the {len(texts)} example texts are one chunk of {chunk_size} tokens; a model needs two")
+    return _toward(_mean(read(as_rows(blocks, chunk_size))), _mean(own), "of example texts"), count
 
 
-def mean_latent(autoencoder: Autoencoder, chunks: Int[np.ndarray, "R K"]) -> Float[np.ndarray, "Z"]:
-    """The mean posterior mean of chunks."""
+def as_rows(blocks: Int[np.ndarray, "R T"], chunk_size: int) -> Int[np.ndarray, "R N K"]:
+    """Blocks of text as rows of whole chunks."""
+    return blocks[:, : blocks.shape[1] // chunk_size * chunk_size].reshape(len(blocks), -1, chunk_size)
+
+
+# -- what the latent of a chunk of text is ----------------------------------------------------------------------------
+
+
+def encoded(autoencoder: Autoencoder) -> Reader:
+    """The posterior mean of every chunk: what pure CALM is trained to draw, and its decoder to read."""
     graphdef, params = nnx.split(autoencoder)
-    total = np.zeros(autoencoder.config.latent_dim)
-    for start in range(0, len(chunks), CHUNKS_AT_ONCE):
-        part = chunks[start : start + CHUNKS_AT_ONCE]
-        counted = np.arange(CHUNKS_AT_ONCE) < len(part)  # one shape, compiled once
-        padded = np.pad(part, ((0, CHUNKS_AT_ONCE - len(part)), (0, 0)))
-        total += np.asarray(_sum_of_means(graphdef, params, jnp.asarray(padded), jnp.asarray(counted)), np.float64)
-    return (total / len(chunks)).astype(np.float32)
+
+    def read(rows: Int[np.ndarray, "R N K"]) -> Float[np.ndarray, "R N Z"]:
+        return _by_rows(lambda part: _means(graphdef, params, part), rows)
+
+    return read
+
+
+def expected(predictor: NextVector, num_draws: int = 8) -> Reader:
+    """The mean of what the model itself draws for every chunk but the first of its row, given those before it.
+
+    A decoder inside the chunk is trained by its likelihood to read the head's latents, which an energy score of small weight
+    keeps only near the autoencoder's: what a latent means to it is in these.
+    """
+    graphdef, params = nnx.split(predictor)
+
+    def read(rows: Int[np.ndarray, "R N K"]) -> Float[np.ndarray, "R N Z"]:
+        latents = _by_rows(lambda part: _drawn(graphdef, params, part, num_draws), rows)
+        return np.concatenate([np.full_like(latents[:, :1], np.nan), latents[:, :-1]], axis=1)
+
+    return read
+
+
+def _by_rows(function: Callable[[Array], Array], rows: Int[np.ndarray, "R N K"]) -> Float[np.ndarray, "R N Z"]:
+    """Some rows at a time, always as many: one shape, compiled once."""
+    at_once = min(len(rows), max(1, CHUNKS_AT_ONCE // rows.shape[1]))
+    padded = np.pad(rows, ((0, -len(rows) % at_once), (0, 0), (0, 0)))
+    parts = [np.asarray(function(jnp.asarray(padded[at : at + at_once]))) for at in range(0, len(padded), at_once)]
+    return np.concatenate(parts)[: len(rows)]
 
 
 @partial(jax.jit, static_argnums=0)
-def _sum_of_means(graphdef: Any, params: Any, chunks: Int[Array, "R K"], counted: Bool[Array, "R"]) -> Float[Array, "Z"]:
-    return (nnx.merge(graphdef, params).encode(chunks).mean * counted[:, None]).sum(0)
+def _means(graphdef: Any, params: Any, rows: Int[Array, "R N K"]) -> Float[Array, "R N Z"]:
+    return nnx.merge(graphdef, params).encode(rows).mean
+
+
+@partial(jax.jit, static_argnums=(0, 3))
+def _drawn(graphdef: Any, params: Any, rows: Int[Array, "R N K"], num_draws: int) -> Float[Array, "R N Z"]:
+    predictor: NextVector = nnx.merge(graphdef, params)
+    hidden, _ = predictor.hidden(rows)
+    noise = predictor.lm.head.draw_noise(jax.random.key(0), (num_draws, *hidden.shape[:-1]))
+    return predictor.lm.head(hidden, noise).mean(0)
+
+
+def _mean(latents: Float[np.ndarray, "R N Z"]) -> Float[np.ndarray, "Z"]:
+    return latents[np.isfinite(latents[..., 0])].mean(0)
 
 
 def _toward(general: Float[np.ndarray, "Z"], own: Float[np.ndarray, "Z"], name: str) -> ConceptCritic:
