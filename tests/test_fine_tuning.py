@@ -93,6 +93,7 @@ def test_a_run_begins_with_the_weights_of_another(folder, tmp_path):
         assert json.loads((out / "meta.json").read_text())["init_from"] == str(start)
 
 
+@pytest.mark.slow
 def test_a_latent_model_brings_its_autoencoder_along(folder, tiny_runs, tmp_path):
     words = begin(
         folder, tmp_path / "lm", tiny_runs / "lm", "--loss.num-samples", "2", "--loss.auxiliary-weight", "1", kind="lm"

@@ -76,6 +76,7 @@ def test_what_a_run_does_not_have_is_left_out(tmp_path):
         LossCourse.read(tmp_path)
 
 
+@pytest.mark.slow
 def test_a_run_with_gate_and_direction_goes_through_the_commands(tiny_runs, tmp_path):
     (tmp_path / "z.toml").write_text(SETTINGS)
     out = tmp_path / "lm"
