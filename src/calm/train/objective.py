@@ -359,25 +359,25 @@ class LatentObjective:
     def flops_per_token(self) -> float:
         """Forward and backward FLOPs per token of the trained parts, and the frozen encoder's forward pass."""
         model, table, weigh = self.model, self.autoencoder, self.terms
-        position = 0
+        added = 0  # by the terms, forward, at one position
         if self.has_own_loss and weigh.own_weight:
             head: Any = model.head
-            position += head.loss_flops(model.backbone.dim, model.latent_dim)
+            added += head.loss_flops(model.backbone.dim, model.latent_dim)
         if weigh.auxiliary_weight:
-            position += dense_flops(model.backbone.dim, model.chunk_size * table.dim) + table.vocabulary_flops()
+            added += dense_flops(model.backbone.dim, model.chunk_size * table.dim) + table.vocabulary_flops()
         if weigh.anchor_weight:
-            position += dense_flops(model.backbone.dim, model.latent_dim)
+            added += dense_flops(model.backbone.dim, model.latent_dim)
         if weigh.slot_energy_weight:
-            position += (weigh.num_samples + 1) * table.decoder_flops()
+            added += (weigh.num_samples + 1) * table.decoder_flops()
         if weigh.likelihood_weight:
             count = weigh.likelihood_samples
             if model.context_decoder is None:
-                position += count * (table.decoder_flops() + table.vocabulary_flops())
+                added += count * (table.decoder_flops() + table.vocabulary_flops())
             else:
-                position += model.writing_flops(count if model.context_decoder.use_latent else 1)
+                added += model.writing_flops(count if model.context_decoder.use_latent else 1)
         # As a target, where a term has one, and where the stem reads latents.
         by_samples = weigh.energy_weight or weigh.slot_energy_weight or weigh.direction_weight
         aims = by_samples or weigh.anchor_weight or (self.has_own_loss and weigh.own_weight)
         encoded = bool(aims) + (model.stem != "discrete")
-        trained = model.training_flops(self.context, self.samples_needed) + 3 * position
+        trained = model.training_flops(self.context, self.samples_needed) + 3 * added
         return (trained + encoded * table.encoder_flops()) / model.chunk_size
