@@ -3,7 +3,7 @@
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
@@ -18,18 +18,53 @@ from calm.report.alignment import AlignmentReport, Way
 from calm.rng import row_keys, stream
 from calm.stages import validation_blocks
 from calm.train.text_quality import Judge
-from calm.ttt.concept import Reader, concept_of_texts, concept_of_words, encoded, expected, parse_words
+from calm.ttt.concept import (
+    Reader,
+    chunks_with,
+    concept_of_texts,
+    concept_of_words,
+    encoded,
+    expected,
+    parse_words,
+    require_found,
+)
 from calm.ttt.controls import directions, moved, random_changes
 from calm.ttt.cost import AlignmentCost, alignment_cost
-from calm.ttt.critic import ConceptCritic, ShuffledCritic, checked_rewards, weighted
+from calm.ttt.critic import ConceptCritic, ShuffledCritic, checked_rewards, reads_chunks, weighted
 from calm.ttt.critic_files import load_critic
+from calm.ttt.lexicon import LexiconCritic, evidence_of
 from calm.ttt.rollout import require_steerable
 from calm.ttt.seal import Acted, Prompts, Rewired, Seal, SealConfig
 from calm.ttt.training import read_lines
 from calm.writing import as_judge
 
-CONCEPT_TOKENS = 256 * 1024
+CONCEPT_TOKENS, TOPIC_TOKENS, PASSAGE = 256 * 1024, 1024 * 1024, 128
+By = Literal["auto", "text", "direction"]
 CONTROLS = ("shuffled reward", "random direction", "best of S", "steering")
+
+
+def topic_critic(
+    model: Bundle, concept: str, data: str | Path | None = None, *, split: str = "train", max_tokens: int = TOPIC_TOKENS
+) -> tuple[LexiconCritic, int]:
+    """The critic of what a model's decoder expects to write about a concept (`calm.ttt.lexicon`), and the number of passages of
+    `PASSAGE` tokens that it was learned from. The arguments are those of `concept_critic`.
+
+    Raises:
+        UsageError: as `concept_critic`; a decoder that reads more than latents.
+    """
+    predictor, tokenizer = require_steerable(model.predictor), model.tokenizer
+    text = model.prepared_data(data).split(split)
+    count = min(max_tokens, text.num_tokens) // PASSAGE
+    passages = text.read(0, count * PASSAGE).reshape(count, PASSAGE)
+    if concept.startswith("@"):
+        examples = tokenizer.encode_batch(read_lines(concept[1:], "concept"))
+        own, other, found = np.concatenate(examples), passages, len(examples)
+    else:
+        words = parse_words(concept)
+        about = chunks_with(words, passages, PASSAGE, tokenizer)[:, 0]
+        own, other, found = passages[about], passages[~about], int(about.sum())
+        require_found(found, words, passages.size)
+    return LexiconCritic.of(predictor, evidence_of(own, other, predictor.vocab_size)), found
 
 
 def concept_critic(
@@ -59,10 +94,26 @@ def latent_reader(model: Bundle) -> Reader:
     return encoded(_autoencoder(model))
 
 
+def wanted_critic(model: Bundle, concept: str, data: str | Path | None = None, by: By = "auto") -> tuple[Any, str]:
+    """The critic of a concept, and in words what it was found in: `by` what the decoder makes of latents (text), or by their
+    direction; auto = text where what is written follows from latents alone."""
+    writer = model.lm.context_decoder if isinstance(model.lm, LatentLM) else None
+    if by == "text" or (by == "auto" and not (writer is not None and writer.config.use_hidden)):
+        critic, count = topic_critic(model, concept, data)
+        return critic, f"{count} passages of text"
+    direction, count = concept_critic(model, concept, data)
+    return direction, f"{count} chunks of text"
+
+
 def gather_critic(
-    model: Bundle, concepts: Sequence[str] = (), critics: Sequence[str] = (), data: str | Path | None = None
+    model: Bundle,
+    concepts: Sequence[str] = (),
+    critics: Sequence[str] = (),
+    data: str | Path | None = None,
+    by: By = "auto",
 ) -> tuple[Any, str]:
-    """One critic of concepts and folders of trained critics, and what it wants in words. Each may end in `=WEIGHT`.
+    """One critic of concepts (`wanted_critic`) and folders of trained critics, and what it wants in words. Each may end in
+    `=WEIGHT`.
 
     Raises:
         UsageError: neither concept nor critic, or one that cannot be had.
@@ -70,9 +121,9 @@ def gather_critic(
     parts, said = [], []
     for concept in concepts:
         words, weight = _weight(concept)
-        critic, count = concept_critic(model, words, data)
+        critic, found = wanted_critic(model, words, data, by)
         parts.append((weight, critic))
-        said.append(f"{_times(weight)}concept {words} ({count} chunks of text)")
+        said.append(f"{_times(weight)}concept {words} ({found})")
     for folder in critics:
         name, weight = _weight(folder)
         critic, description = load_critic(name, _autoencoder(model))
@@ -172,7 +223,8 @@ class Writer:
         self.key = jax.random.key(seed)
         self.keys = row_keys(self.key, len(ids))
         self.standard = self.act()
-        checked_rewards(critic, jax.numpy.swapaxes(jax.numpy.asarray(self.standard.latents), 0, 1))
+        written = (jax.numpy.swapaxes(x, 0, 1) for x in (self.standard.latents, self.standard.chunks))
+        checked_rewards(critic, *written)
         predictor = self.seal.predictor
         lengths = [len(row) // model.chunk_size + 1 for row in ids]
         self.cost: AlignmentCost = alignment_cost(
@@ -181,6 +233,7 @@ class Writer:
             predictor.autoencoder.config,
             prompt_chunks=round(sum(lengths) / len(lengths)),
             num_chunks=self.num_chunks,
+            reads_chunks=reads_chunks(critic),
         )
 
     def rewire(self, critic: Any) -> Rewired:
@@ -202,9 +255,9 @@ class Writer:
             keys = row_keys(stream(self.key, "random direction"), len(self.prompts.starts))
             return self.act(random_changes(keys, rewired.changes)), self.cost.total
         if name == "best of S":
-            return self.act(num_texts=self.cost.texts).best(), self.cost.texts * self.cost.text
+            return self.act(num_texts=self.cost.texts).best(), self.cost.texts * (self.cost.text + self.cost.judging)
         length = moved(self.standard.latents, aligned.latents) if steer is None else np.full(len(aligned.latents), steer)
-        toward = directions(self.critic, self.standard.latents)
+        toward = directions(self.critic, self.standard.latents, self.standard.chunks)
         return self.act(shifts=length[:, None] * toward), self.cost.text
 
     def way(self, name: str, acted: Acted, flops: float) -> Way:

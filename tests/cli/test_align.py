@@ -85,7 +85,7 @@ def test_critics_from_folders_add_up_with_their_weights(tiny_runs, critics):
     latents = jnp.asarray(normal(3, 2, 4, 8))
     one, two = (alignment.gather_critic(model, critics=[str(critics / name)])[0] for name in ("trained", "concept"))
     np.testing.assert_allclose(both(latents), 2 * one(latents) + two(latents), rtol=1e-5)
-    by_words, said = alignment.gather_critic(model, ["cat,dog=-1"])
+    by_words, said = alignment.gather_critic(model, ["cat,dog=-1"], by="direction")
     np.testing.assert_allclose(by_words(latents), -two(latents), atol=1e-5)
     assert said.startswith("-1 times concept cat,dog (")
 

@@ -9,7 +9,7 @@ import tiny
 from calm.alignment import CONTROLS
 from calm.errors import UsageError
 from calm.experiments import studies
-from calm.experiments.alignment import against, picture, pooled, summary_of, verdict
+from calm.experiments.alignment import against, fluency_cost, picture, pooled, summary_of, verdict
 from calm.experiments.study import Request
 
 WAYS = ("standard", "aligned", *CONTROLS)
@@ -28,7 +28,7 @@ def result(steps, seed, gains):
         flops = 1e9 * (1 if name in ("standard", "steering") else steps)
         return {"flops": flops, "reward": [0.0] * 40, "judge": judged, "fluency": judged, **counted}
 
-    facts = dict(concept="war", chunks_found=9, classifier_area=0.9, texts_of_best=4, fluency_of="bits/byte by the judge")
+    facts = dict(concept="war", found_in=9, classifier_area=0.9, texts_of_best=4, fluency_of="bits/byte by the judge")
     numbers = dict(reward_before=0.0, reward_after=0.5, drift=0.1)
     return {"steps": steps, "seed": seed, **facts, **numbers, "ways": {name: way(i, name) for i, name in enumerate(WAYS)}}
 
@@ -53,6 +53,15 @@ def test_ways_are_compared_prompt_by_prompt_over_all_cells():
 )
 def test_it_is_said_plainly_whether_weight_updates_beat_best_of_s(gains, said):
     assert said in verdict([result(3, 0, gains)])
+
+
+def test_what_fluency_costs_is_a_share_of_the_standard_texts():
+    found = result(3, 0, {})
+    for way, bits in (("standard", 2.0), ("aligned", 2.2)):
+        found["ways"][way]["fluency"] = [[bits + 0.01 * row, 1.0] for row in range(40)]
+    cost = fluency_cost([found], "aligned")
+    assert cost.estimate == pytest.approx(0.2 / 2.195) and cost.low <= cost.estimate <= cost.high
+    assert "Fluency costs them 9.1 [9.1, 9.1] % more" in verdict([found])
 
 
 def test_the_table_has_every_way_and_the_picture_is_drawn(tmp_path):

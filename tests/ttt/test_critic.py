@@ -20,6 +20,7 @@ from random_models import normal, random_model
 
 Z = ttt_models.Z
 LATENTS = jnp.asarray(normal(4, 3, 5, Z))
+CHUNKS = jnp.zeros((4, 3, 5, ttt_models.K), jnp.int32)
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +92,7 @@ def test_a_shuffled_critic_is_the_same_about_other_dimensions():
 )
 def test_a_critic_that_gives_nonsense_is_refused_in_one_line(critic, message):
     with pytest.raises(UsageError, match=message):
-        checked_rewards(critic, LATENTS)
+        checked_rewards(critic, LATENTS, CHUNKS)
 
 
 def test_what_is_no_critic_is_refused():
@@ -173,7 +174,7 @@ def test_a_critic_learns_what_its_labels_say_and_is_calibrated(trained):
     critic, report = trained
     assert report.accuracy > 0.9 > report.majority + 0.2 and report.log_loss < 0.3
     assert report.calibration_error <= 0.12 and f"{report.accuracy:.3f}" in report.line()
-    rewards = checked_rewards(critic, LATENTS)
+    rewards = checked_rewards(critic, LATENTS, CHUNKS)
     assert (rewards <= 0).all()
     gradient = jax.grad(lambda z: critic(z).sum())(LATENTS)
     assert np.isfinite(gradient).all() and np.abs(gradient).max() > 1e-4

@@ -24,6 +24,9 @@ class Align:
     """Text to continue; repeatable, and each prompt is adapted to alone. Without any the model writes unconditionally."""
     concept: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     """What is wanted: words such as war,army,battle, or @FILE of example texts; repeatable, each with =WEIGHT at its end."""
+    by: Literal["auto", "text", "direction"] = "auto"
+    """How a concept is judged: text = by the words that the decoder makes of latents; direction = by where latents point;
+    auto = text where what is written follows from latents alone."""
     critic: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     """Folder of a trained critic (calm train critic), with =WEIGHT at its end; repeatable."""
     data: str | None = None
@@ -94,7 +97,7 @@ class Align:
         )
         model = bundle.load(self.folder)
         judge = None if self.judge is None else bundle.load(self.judge)
-        critic, wanted = alignment.gather_critic(model, self.concept, self.critic, self.data)
+        critic, wanted = alignment.gather_critic(model, self.concept, self.critic, self.data, self.by)
         report = alignment.align(
             model,
             self.prompt or ("",),

@@ -6,7 +6,8 @@ of a classifier of decoded text that was trained on another split, does not see 
 (`calm.ttt.text_judge`). Beside it stand fluency by an independent token model, repetition, and the shares of the concept's
 words and of function words. Intervals are bootstraps over prompts; ways are compared prompt by prompt.
 
-The critic's direction comes from the train split, the classifier from valid, the prompts from the split that is scored.
+What the critic knows of a concept comes from the train split, what the classifier knows from valid, and the prompts from the
+split that is scored.
 """
 
 import dataclasses
@@ -40,7 +41,7 @@ CONCEPTS = (
     "film,films,actor,scene,episode",
     "river,island,mountain,lake,species",
 )
-STEPS = (1, 3, 10)
+STEPS = (3, 10)
 BEST = "best of S"
 NOTHING_TO_SAY = Interval(estimate=float("nan"), low=float("nan"), high=float("nan"))
 MEASURES = ("judge", "fluency", "repeated", "concept words", "function words")
@@ -56,6 +57,8 @@ class AlignmentRun:
     judge: str = ""
     """run of a token model, or none"""
     concept: str = CONCEPTS[0]
+    by: alignment.By = "auto"
+    """how the critic judges a concept (`calm.alignment.wanted_critic`)"""
     split: str = "test"
     prompts: int = 64
     prompt_tokens: int = 24
@@ -73,7 +76,7 @@ def run_cell(run: AlignmentRun) -> dict[str, Any]:
     model = bundle.load(run.model)
     judge = bundle.load(run.judge) if run.judge else None
     words = parse_words(run.concept)
-    critic, found = alignment.concept_critic(model, run.concept, run.data)
+    critic, found = alignment.wanted_critic(model, run.concept, run.data, run.by)
     classifier = text_judge(model, run.data, words, run.num_chunks * model.chunk_size, run.seed)
     blocks, _ = validation_blocks(model.prepared_data(run.data), model.block_tokens, run.split, None)
     if len(blocks) < run.prompts:
@@ -89,7 +92,7 @@ def run_cell(run: AlignmentRun) -> dict[str, Any]:
         "concept": run.concept,
         "steps": run.seal.inner_steps,
         "seed": run.seed,
-        "chunks_found": found,
+        "found_in": found,
         "classifier_area": classifier.area,
         "texts_of_best": writer.cost.texts,
         "fluency_of": writer.fluency_of,
@@ -207,11 +210,24 @@ def summary_of(results: Sequence[dict[str, Any]], title: str) -> str:
 
 
 def verdict(results: Sequence[dict[str, Any]]) -> str:
-    """Whether aligned is above best of S at equal FLOPs, in a sentence."""
+    """Whether aligned is above best of S at equal FLOPs, and what it costs in fluency, in a sentence each."""
     difference = against(results, "aligned", BEST)
     said = "do not differ from" if not difference.excludes_zero else "beat" if difference.estimate > 0 else "lose to"
     count = round(np.mean([result["texts_of_best"] for result in results]))
-    return f"Weight updates {said} the best of {count} texts at equal FLOPs: {interval_text(difference, 2)} by the classifier."
+    cost = fluency_cost(results, "aligned")
+    return (
+        f"Weight updates {said} the best of {count} texts at equal FLOPs: {interval_text(difference, 2)} by the classifier. "
+        f"Fluency costs them {interval_text(_percent(cost), 1)} % more than the standard text."
+    )
+
+
+def fluency_cost(results: Sequence[dict[str, Any]], way: str) -> Interval | None:
+    """By what share a way's texts read worse than the standard ones, prompt by prompt."""
+    own, standard = (pooled(results, each, "fluency") for each in (way, "standard"))
+    if not (own.count.sum() and standard.count.sum()):
+        return None
+    mean = float(standard.total.sum() / standard.count.sum())
+    return paired_bootstrap(own, standard, [_mean])[0].scaled(1 / mean)
 
 
 def picture(results: Sequence[dict[str, Any]], out: Path) -> None:

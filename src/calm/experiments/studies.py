@@ -102,6 +102,7 @@ def _chunk_sizes(place: Place, budget: float | None) -> list[Cell]:
         "calm-k4": written_run(place, 4),
         "calm-k2": written_run(place, 2),
         "calm-k1": written_run(place, 1),
+        "calm-k8": written_run(place, 8),
         "hidden-k4": written_run(place, 4, reads="hidden"),
         "hidden-k1": written_run(place, 1, reads="hidden", rate=RATES["token"]),
         "pure-k4": pure_run(place, 4, auxiliary_weight=1.0),
@@ -147,7 +148,9 @@ def _stems(place: Place, budget: float | None) -> list[Cell]:
 
 STUDIES: dict[str, Study] = {
     "chunk-sizes": LanguageModelStudy(
-        summary="a token model and CALM at K = 1, 2, 4, at equal training compute", chunk_sizes=(4, 2, 1), cells=_chunk_sizes
+        summary="a token model and CALM at K = 1, 2, 4, 8, at equal training compute",
+        chunk_sizes=(8, 4, 2, 1),
+        cells=_chunk_sizes,
     ),
     "recipes": LanguageModelStudy(summary="what makes CALM learn at small scale, at K = 4", chunk_sizes=(4,), cells=_recipes),
     "stems": LanguageModelStudy(summary="what the backbone reads: tokens, latents or both", chunk_sizes=(4,), cells=_stems),

@@ -25,7 +25,7 @@ from calm.experiments.scoring import (
     results_table,
 )
 from calm.report.scores import comparison_table
-from calm.stages import AutoencoderRun
+from calm.stages import AutoencoderRun, LatentLMRun
 from calm.text.writer import write_whole
 
 LATENT_DIMS = {1: 32, 2: 48, 4: 64, 8: 128}
@@ -159,10 +159,12 @@ class LanguageModelStudy:
     def run(self, request: Request) -> dict[str, Any]:
         """Autoencoders are run with the first seed alone, which all cells share; a budget pays for them too."""
         place = Place(str(request.data), request.out)
-        run_cells(self.autoencoders(place), request.out, seeds=(0,), score=held_out_accuracy, say=request.say)
         cells = grid(self.cells(place, request.budget), request.axes)
         names = request.chosen([cell.name for cell in cells])
         cells = [cell for cell in cells if cell.name in names]
+        needed = {cell.run.autoencoder for cell in cells if isinstance(cell.run, LatentLMRun)}
+        stage_1 = [cell for cell in self.autoencoders(place) if str(cell_folder(request.out, cell.name, 0)) in needed]
+        run_cells(stage_1, request.out, seeds=(0,), score=held_out_accuracy, say=request.say)
         results = run_cells(cells, request.out, seeds=request.seeds, score=request.score, say=request.say)
         return request.written(results, summary_of(f"{request.name}: {self.summary}", cells, results, request))
 

@@ -60,6 +60,15 @@ def chunks_with(
     return found
 
 
+def require_found(count: int, words: Sequence[str], searched: int) -> None:
+    """Raises UsageError where the words of a concept are nowhere in so many tokens of text."""
+    if not count:
+        raise UsageError(
+            f"concept {', '.join(words)}: not one of its words is in the {searched:,} tokens that were searched; "
+            "choose words of the text that the model was trained on"
+        )
+
+
 def concept_of_words(
     words: Sequence[str], blocks: Int[np.ndarray, "R T"], chunk_size: int, read: Reader, tokenizer: Tokenizer
 ) -> tuple[ConceptCritic, int]:
@@ -71,11 +80,7 @@ def concept_of_words(
     rows = as_rows(blocks, chunk_size)
     latents = read(rows)
     found = chunks_with(words, blocks, chunk_size, tokenizer) & np.isfinite(latents[..., 0])
-    if not found.any():
-        raise UsageError(
-            f"concept {', '.join(words)}: not one of its words is in the {blocks.size:,} tokens that were searched; "
-            "choose words of the text that the model was trained on"
-        )
+    require_found(int(found.sum()), words, blocks.size)
     return _toward(_mean(latents), latents[found].mean(0), ", ".join(words)), int(found.sum())
 
 

@@ -11,10 +11,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from calm.ttt import fast_weights
-from calm.ttt.critic import ConceptCritic
+from calm.ttt.critic import ConceptCritic, rewards_of
 from calm.ttt.fast_weights import Change
 
 
@@ -23,7 +23,9 @@ def random_changes(keys: Array, changes: Change) -> Change:
     return jax.vmap(fast_weights.random_like)(keys, jax.tree.map(jnp.asarray, changes))
 
 
-def directions(critic: Any, latents: Float[np.ndarray, "B S N Z"]) -> Float[np.ndarray, "B Z"]:
+def directions(
+    critic: Any, latents: Float[np.ndarray, "B S N Z"], chunks: Int[np.ndarray, "B S N K"]
+) -> Float[np.ndarray, "B Z"]:
     """Which way all latents of a prompt's texts would have to move for the reward to rise most, of length 1.
 
     For a concept that is its direction; for other critics the slope of the reward at the texts at hand.
@@ -32,7 +34,8 @@ def directions(critic: Any, latents: Float[np.ndarray, "B S N Z"]) -> Float[np.n
         return np.broadcast_to(np.asarray(critic.direction), (len(latents), latents.shape[-1]))
 
     def reward(shift: Float[Array, "B Z"]) -> Float[Array, ""]:
-        return critic(jnp.swapaxes(jnp.asarray(latents) + shift[:, None, None], 0, 1)).mean()
+        moved = jnp.swapaxes(jnp.asarray(latents) + shift[:, None, None], 0, 1)
+        return rewards_of(critic, moved, jnp.swapaxes(jnp.asarray(chunks), 0, 1)).mean()
 
     slope = np.asarray(jax.grad(reward)(jnp.zeros((len(latents), latents.shape[-1]))))
     return slope / np.maximum(np.linalg.norm(slope, axis=1, keepdims=True), 1e-12)

@@ -1,8 +1,8 @@
 """What adaptation costs, in FLOPs, and what the same FLOPs would buy without it.
 
 Matrix products count, a backward pass twice its forward pass where weights learn and once where a slope only passes through
-(`calm.metrics.flops`). A critic of one's own counts for nothing, since nobody knows it; those here are thousands of times
-cheaper than what they judge.
+(`calm.metrics.flops`). A critic that reads what the decoder makes of latents runs the decoder once more, which counts, in the
+choice among texts too; other critics here are thousands of times cheaper than what they judge, and of one's own nobody knows.
 """
 
 import dataclasses
@@ -20,6 +20,8 @@ class AlignmentCost:
     """reading the prompt for it, imagining, and the gradient steps"""
     text: float
     """reading the prompt and writing one text"""
+    judging: float = 0.0
+    """the critic's opinion of one text"""
 
     @property
     def total(self) -> float:
@@ -27,14 +29,21 @@ class AlignmentCost:
 
     @property
     def texts(self) -> int:
-        """How many texts could be written without adaptation for what adaptation and one text cost."""
-        return max(1, int(self.total // self.text))
+        """How many texts could be written and judged without adaptation for what adaptation and one text cost."""
+        return max(1, int(self.total // (self.text + self.judging)))
 
 
 def alignment_cost(
-    config: SealConfig, lm: LatentLMConfig, codec: AutoencoderConfig, *, prompt_chunks: int, num_chunks: int
+    config: SealConfig,
+    lm: LatentLMConfig,
+    codec: AutoencoderConfig,
+    *,
+    prompt_chunks: int,
+    num_chunks: int,
+    reads_chunks: bool = False,
 ) -> AlignmentCost:
-    """The cost of `config` for a prompt of so many chunks, and of a text of `num_chunks`."""
+    """The cost of `config` for a prompt of so many chunks, and of a text of `num_chunks`, by a critic that `reads_chunks` or
+    not."""
     encoder = codec.encoder_flops() if lm.stem != "discrete" else 0
     writer = codec.decoder_flops() + codec.vocabulary_flops() if lm.context_decoder is None else lm.writing_flops(1)
 
@@ -51,6 +60,8 @@ def alignment_cost(
     through = config.feedback != "constant"
     forward = imagined * (reading + head + writer)
     backward = imagined * (2 * head + (2 * reading if everything else reading if through else 0))
+    judge = writer if reads_chunks else 0
+    forward, backward = forward + imagined * judge, backward + imagined * judge
     if through and lm.stem != "continuous":
         expected = codec.vocabulary_flops() + 2 * lm.chunk_size * lm.vocab_size * lm.backbone.dim
         forward, backward = forward + imagined * expected, backward + 2 * imagined * expected
@@ -60,4 +71,5 @@ def alignment_cost(
         per_step += config.samples * head + (prompt if everything else 0)
     if config.brakes.penalty:
         per_step += 3 * config.samples * head
-    return AlignmentCost(rewire=float(config.inner_steps * per_step + prompt), text=float(text))
+    rewire = config.inner_steps * per_step + prompt
+    return AlignmentCost(rewire=float(rewire), text=float(text), judging=float(num_chunks * judge))

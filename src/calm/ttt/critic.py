@@ -2,7 +2,8 @@
 
 A critic is anything that maps latents `[S B N Z]` to rewards `[S B]`, higher being better, each trajectory by itself: a
 function of one's own, or one of those here. They are pytrees, so that one compiled program serves every concept and every
-trained critic of the same sizes.
+trained critic of the same sizes. One with `reads_chunks = True` is also given the chunks that were written for the latents,
+`[S B N K]`, as constants (`calm.ttt.lexicon`).
 """
 
 import dataclasses
@@ -96,8 +97,12 @@ class CriticSum:
     parts: tuple[Any, ...]
     weights: tuple[Any, ...]
 
-    def __call__(self, latents: Float[Array, "S B N Z"]) -> Float[Array, "S B"]:
-        rewards = [weight * part(latents) for weight, part in zip(self.weights, self.parts, strict=True)]
+    @property
+    def reads_chunks(self) -> bool:
+        return any(reads_chunks(part) for part in self.parts)
+
+    def __call__(self, latents: Float[Array, "S B N Z"], chunks: Int[Array, "S B N K"] | None = None) -> Float[Array, "S B"]:
+        rewards = [weight * rewards_of(part, latents, chunks) for weight, part in zip(self.weights, self.parts, strict=True)]
         return sum(rewards[1:], start=rewards[0])
 
 
@@ -113,8 +118,12 @@ class ShuffledCritic:
     def of(critic: Any, key: PRNGKey, latent_dim: int) -> "ShuffledCritic":
         return ShuffledCritic(critic, jax.random.permutation(key, latent_dim))
 
-    def __call__(self, latents: Float[Array, "S B N Z"]) -> Float[Array, "S B"]:
-        return self.critic(latents[..., self.order])
+    @property
+    def reads_chunks(self) -> bool:
+        return reads_chunks(self.critic)
+
+    def __call__(self, latents: Float[Array, "S B N Z"], chunks: Int[Array, "S B N K"] | None = None) -> Float[Array, "S B"]:
+        return rewards_of(self.critic, latents[..., self.order], chunks)
 
 
 def weighted(parts: list[tuple[float, Any]]) -> Any:
@@ -134,6 +143,17 @@ def weighted(parts: list[tuple[float, Any]]) -> Any:
     return CriticSum(critics, tuple(jnp.float32(weight) for weight, _ in parts))
 
 
+def reads_chunks(critic: Any) -> bool:
+    """Whether it is to be given what was written for the latents."""
+    return bool(getattr(critic, "reads_chunks", False))
+
+
+def rewards_of(critic: Any, latents: Float[Array, "S B N Z"], chunks: Int[Array, "S B N K"] | None) -> Any:
+    """A critic's rewards of futures, whatever it gives: of their latents, and of what was written for them where it
+    `reads_chunks`."""
+    return critic(latents, chunks) if reads_chunks(critic) else critic(latents)
+
+
 def as_pytree(critic: Any) -> Any:
     """The critic as a compiled program takes it: a function of one's own is a tree without leaves."""
     if not callable(critic):
@@ -142,7 +162,7 @@ def as_pytree(critic: Any) -> Any:
     return jax.tree_util.Partial(critic) if plain else critic
 
 
-def checked_rewards(critic: Any, latents: Float[Array, "S B N Z"]) -> Float[Array, "S B"]:
+def checked_rewards(critic: Any, latents: Float[Array, "S B N Z"], chunks: Int[Array, "S B N K"]) -> Float[Array, "S B"]:
     """The critic's rewards of real trajectories.
 
     Raises:
@@ -150,7 +170,7 @@ def checked_rewards(critic: Any, latents: Float[Array, "S B N Z"]) -> Float[Arra
     """
     wanted = latents.shape[:2]
     try:
-        shape = getattr(jax.eval_shape(critic, latents), "shape", None)
+        shape = getattr(jax.eval_shape(partial(rewards_of, critic), latents, chunks), "shape", None)
     except (TypeError, ValueError) as error:
         raise UsageError(f"critic: cannot read latents [S B N Z] = {list(latents.shape)}: {error}") from error
     if shape != wanted:
@@ -158,7 +178,7 @@ def checked_rewards(critic: Any, latents: Float[Array, "S B N Z"]) -> Float[Arra
         raise UsageError(
             f"critic: gave {found} for latents {list(latents.shape)}; it must give one reward each, {list(wanted)}"
         )
-    rewards = critic(latents)
+    rewards = rewards_of(critic, latents, chunks)
     wrong = int((~jnp.isfinite(rewards)).sum())
     if wrong:
         raise UsageError(f"critic: {wrong} of {rewards.size} rewards are not finite numbers")

@@ -36,7 +36,7 @@ from calm.rng import PRNGKey, stream
 from calm.sampling.generate import HasSpecialIds
 from calm.ttt import fast_weights
 from calm.ttt.brakes import Brakes, drift
-from calm.ttt.critic import as_pytree
+from calm.ttt.critic import as_pytree, rewards_of
 from calm.ttt.fast_weights import Change, FastWeightsConfig
 from calm.ttt.rollout import Feedback, begin, default_feedback, draw_noise, futures, lay_out, require_steerable
 
@@ -268,7 +268,7 @@ def _rewire(
 
         def reward_of(predictor: NextVector, at: Any, key: PRNGKey, feedback: Feedback) -> Float[Array, ""]:
             imagined = futures(predictor, at, draw_noise(base, key, *sizes), table, feedback=feedback)
-            return critic(imagined.latents[:, None]).mean()
+            return rewards_of(critic, imagined.latents[:, None], imagined.chunks[:, None]).mean()
 
         def drift_of(predictor: NextVector, at: Any) -> Float[Array, ""]:
             there, here = (
@@ -325,7 +325,7 @@ def _act(
         written = futures(
             predictor, begin(predictor, chunks, start, *sizes), draw_noise(predictor, key, *sizes), table, shift=shift
         )
-        traced: Any = (*written, critic(written.latents[:, None])[:, 0])
+        traced: Any = (*written, rewards_of(critic, written.latents[:, None], written.chunks[:, None])[:, 0])
         return Acted(*traced)
 
     return _mapped(one, groups)

@@ -1,0 +1,105 @@
+"""The critic that reads what the decoder makes of latents: its evidence, its reward by brute force, and that it is followed."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import ttt_models
+
+from calm.errors import UsageError
+from calm.rng import row_keys
+from calm.text.chunking import NOTHING
+from calm.ttt.critic import ShuffledCritic, checked_rewards, reads_chunks, rewards_of, weighted
+from calm.ttt.lexicon import MOST, LexiconCritic, evidence_of
+from calm.ttt.seal import Seal, SealConfig
+from random_models import normal
+
+V, K, Z = ttt_models.V, ttt_models.K, ttt_models.Z
+S, B, N = 2, 3, 4
+LATENTS = jnp.asarray(normal(S, B, N, Z))
+CHUNKS = jnp.asarray(np.random.default_rng(1).integers(0, 30, (S, B, N, K)), jnp.int32)
+
+
+def writers():
+    plain = dataclasses.replace(ttt_models.WRITER, use_hidden=False)
+    return {
+        "autoencoder": None,
+        "context decoder": plain,
+        "one that looks back": dataclasses.replace(plain, recall=8),
+    }
+
+
+def test_evidence_is_the_log_ratio_of_shares_and_rare_tokens_say_little():
+    about, other = np.repeat([0, 1, 2], [300, 100, 600]), np.repeat([0, 1, 3], [100, 900, 1])
+    evidence = evidence_of(about, other, 5)
+    assert evidence[0] == pytest.approx(np.log(3 / 1), abs=0.05)
+    assert evidence[1] == pytest.approx(np.log(0.1 / 0.9), abs=0.05)
+    assert evidence[2] == MOST  # only there, and often
+    assert -0.5 < evidence[3] < 0  # only in the other text, and once
+    assert evidence[4] == 0  # nowhere
+    # twice as much of one kind of text changes no share
+    np.testing.assert_allclose(evidence_of(np.tile(about, 2), other, 5)[:2], evidence[:2], atol=0.02)
+    with pytest.raises(UsageError, match="one of which has no token"):
+        evidence_of(about, other[:0], 5)
+
+
+@pytest.mark.parametrize("name", writers())
+def test_the_reward_is_the_evidence_that_is_expected_to_be_written(name):
+    """Against the predictor's own probabilities of each token, one chunk at a time."""
+    predictor = ttt_models.next_vector(writer=writers()[name])
+    evidence = normal(V)
+    rewards = LexiconCritic.of(predictor, evidence)(LATENTS, CHUNKS)
+    reach, total, hidden = predictor.reach, np.zeros((S, B)), jnp.zeros((S, B, 16))
+    log_probs = jax.jit(lambda previous, latents, target: predictor.token_log_probs(hidden, previous, latents, target)[0])
+    text = np.concatenate([np.full((S, B, reach), NOTHING), np.asarray(CHUNKS).reshape(S, B, -1)], axis=-1)
+    for chunk in range(N):
+        previous = jnp.asarray(text[..., chunk * K : chunk * K + reach])
+        for place in range(K):
+            for token in range(V):
+                target = CHUNKS[:, :, chunk].at[..., place].set(token)
+                found = np.asarray(log_probs(previous, LATENTS[None, :, :, chunk], target))
+                total += np.exp(found[..., place]) * evidence[token]
+    np.testing.assert_allclose(rewards, total / (N * K), atol=1e-5)
+
+
+def test_what_was_written_is_a_constant_and_only_latents_have_a_slope():
+    critic = LexiconCritic.of(ttt_models.next_vector(writer=writers()["one that looks back"]), normal(V))
+    slope = jax.grad(lambda z: critic(z, CHUNKS).sum())(LATENTS)
+    assert np.isfinite(slope).all() and (np.abs(slope).max(-1) > 0).all()
+    other = critic(LATENTS, CHUNKS.at[:, :, 0].set(7))
+    assert not np.allclose(other, critic(LATENTS, CHUNKS))  # the tokens before a place are read
+
+
+def test_sums_and_shuffles_hand_on_what_was_written():
+    critic = LexiconCritic.of(ttt_models.next_vector(), normal(V))
+    both = weighted([(2.0, critic), (1.0, ttt_models.concept())])
+    np.testing.assert_allclose(
+        rewards_of(both, LATENTS, CHUNKS), 2 * critic(LATENTS, CHUNKS) + ttt_models.concept()(LATENTS), rtol=1e-5
+    )
+    shuffled = ShuffledCritic.of(critic, jax.random.key(0), Z)
+    np.testing.assert_allclose(checked_rewards(shuffled, LATENTS, CHUNKS), critic(LATENTS[..., shuffled.order], CHUNKS))
+    assert reads_chunks(both) and reads_chunks(shuffled) and not reads_chunks(weighted([(2.0, ttt_models.concept())]))
+
+
+def test_adaptation_makes_the_wanted_words_more_likely_and_leaves_the_model_alone():
+    predictor = ttt_models.next_vector(writer=writers()["context decoder"])
+    evidence = np.zeros(V)
+    evidence[:5] = 1.0
+    critic = LexiconCritic.of(predictor, evidence)
+    seal = Seal(predictor, ttt_models.SPECIAL, SealConfig(samples=8, chunks=4, inner_steps=6, rate=0.05))
+    prompts, keys = seal.read(ttt_models.PROMPTS), row_keys(jax.random.key(0), 3)
+    before = jax.tree.map(np.asarray, seal.params)
+    rewired = seal.rewire(critic, prompts, keys)
+    assert (rewired.after > rewired.before + 0.02).all()
+    standard, aligned = (
+        seal.act(critic, prompts, keys, change, num_chunks=4, num_texts=32) for change in (None, rewired.changes)
+    )
+    assert (aligned.chunks < 5).mean() > (standard.chunks < 5).mean()
+    jax.tree.map(np.testing.assert_array_equal, before, seal.params)
+
+
+def test_a_decoder_that_reads_the_hidden_state_is_refused():
+    with pytest.raises(UsageError, match="also reads the hidden state"):
+        LexiconCritic.of(ttt_models.next_vector(writer=ttt_models.WRITER), np.zeros(V))
