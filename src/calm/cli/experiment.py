@@ -11,7 +11,7 @@ class Experiment:
     """Runs a study: trains and scores every cell that is not done, and prints its table. Start it again to go on, or start it
     in several terminals on one folder to share the cells out.
 
-    Studies: chunk-sizes (a token model and CALM at K = 1, 2, 4, at equal compute), recipes (what makes CALM learn at small
+    Studies: chunk-sizes (a token model and CALM at K = 1, 2, 4, 8, at equal compute), recipes (what makes CALM learn at small
     scale), stems (tokens, latents or both as input), hybrids (mixers under a latent model), ablation and probes (what a
     hybrid's paths are worth, and what its gates hear), memory (which mixer remembers what), regularisers (what keeps a
     token model from collapsing), losses (energy score, direction term, both), reasoner-on-z (segments of a model on
