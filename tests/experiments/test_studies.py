@@ -46,6 +46,17 @@ def test_a_budget_pays_for_the_autoencoder_too(tiny_runs):
         sized(run, before + 0.5 * step)
 
 
+def test_terms_that_come_and_go_do_so_at_the_same_part_of_a_shorter_run(tiny_runs):
+    run = latent_run(tiny_runs)
+    loss = dataclasses.replace(run.loss, auxiliary_weight=1.0, auxiliary_decay_steps=100, energy_from_step=50)
+    train = dataclasses.replace(run.train, steps=100)
+    run = dataclasses.replace(run, loss=loss, train=train)
+    step = flops_per_token(run) * train.batch_size * train.num_tokens
+    given = sized(run, autoencoder_flops(run) + 8.5 * step)
+    assert (given.train.steps, given.loss.auxiliary_decay_steps, given.loss.energy_from_step) == (8, 8, 4)
+    assert sized(latent_run(tiny_runs), 3e10).loss == latent_run(tiny_runs).loss
+
+
 def test_two_kinds_of_model_get_equal_compute(tiny_runs):
     budget = 3e10
     for run in (latent_run(tiny_runs), token_run(tiny_runs)):

@@ -138,7 +138,16 @@ def sized(run: Run, budget: float | None) -> Run:
     half = max(1, steps // 2)
     schedule = dataclasses.replace(run.train.optimizer, warmup_steps=min(run.train.optimizer.warmup_steps, max(1, steps // 5)))
     train = dataclasses.replace(run.train, steps=steps, optimizer=schedule, evaluate_every=half, save_every=half)
-    return dataclasses.replace(run, train=dataclasses.replace(train, sample_every=0))
+    return dataclasses.replace(_rescheduled(run, steps), train=dataclasses.replace(train, sample_every=0))
+
+
+def _rescheduled(run: Run, steps: int) -> Run:
+    """The run with the steps at which terms of its loss come and go where they would be, had it `steps` steps."""
+    if not isinstance(run, LatentLMRun):
+        return run
+    at = {name: getattr(run.loss, name) for name in ("auxiliary_decay_steps", "energy_from_step")}
+    scaled = {name: max(1, round(step * steps / run.train.steps)) for name, step in at.items() if step}
+    return dataclasses.replace(run, loss=dataclasses.replace(run.loss, **scaled))
 
 
 def flops_per_token(run: Run) -> float:

@@ -115,12 +115,12 @@ def _recipes(place: Place, budget: float | None) -> list[Cell]:
         run = pure_run(place, auxiliary_weight=1.0)
         return dataclasses.replace(run, model=_with(run.model, **parts))
 
-    steps = 300  # about the half of a cell at a budget of 2.5e13 FLOPs
+    steps = pure_run(place).train.steps  # what hangs on them moves with a budget
     runs = {
         "energy": pure_run(place),
         "auxiliary-1": pure_run(place, auxiliary_weight=1.0),
-        "auxiliary-3-falling": pure_run(place, auxiliary_weight=3.0, auxiliary_decay_steps=2 * steps),
-        "auxiliary-first": pure_run(place, auxiliary_weight=1.0, auxiliary_decay_steps=2 * steps, energy_from_step=steps),
+        "auxiliary-3-falling": pure_run(place, auxiliary_weight=3.0, auxiliary_decay_steps=steps),
+        "auxiliary-first": pure_run(place, auxiliary_weight=1.0, auxiliary_decay_steps=steps, energy_from_step=steps // 2),
         "anchor": pure_run(place, auxiliary_weight=1.0, anchor_weight=0.03),
         "likelihood": pure_run(place, auxiliary_weight=1.0, energy_weight=0.1, likelihood_weight=1.0),
         "slot-energy": pure_run(place, auxiliary_weight=1.0, slot_energy_weight=1.0),
