@@ -17,6 +17,7 @@ from calm.models import LatentLM, NextVector
 from calm.report.alignment import AlignmentReport, Way
 from calm.rng import row_keys, stream
 from calm.stages import validation_blocks
+from calm.text.chunking import num_chunks
 from calm.train.text_quality import Judge
 from calm.ttt.concept import (
     Reader,
@@ -226,7 +227,7 @@ class Writer:
         written = (jax.numpy.swapaxes(x, 0, 1) for x in (self.standard.latents, self.standard.chunks))
         checked_rewards(critic, *written)
         predictor = self.seal.predictor
-        lengths = [len(row) // model.chunk_size + 1 for row in ids]
+        lengths = [num_chunks(len(row), model.chunk_size) for row in ids]
         self.cost: AlignmentCost = alignment_cost(
             self.seal.config,
             predictor.lm.config,
@@ -314,7 +315,7 @@ class Writer:
         context = self.model.block_tokens // self.model.chunk_size
         longest = max(self.num_chunks, self.seal.config.chunks)
         for row, prompt in enumerate(ids):
-            length = len(prompt) // self.model.chunk_size + 1
+            length = num_chunks(len(prompt), self.model.chunk_size)
             if length + longest > context:
                 raise UsageError(
                     f"prompt {row} has {length} chunks of {self.model.chunk_size} tokens; with {longest} more (max_tokens, or "

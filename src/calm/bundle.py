@@ -90,7 +90,7 @@ class Bundle:
     """tokens of a training sequence: the longest prompt with its continuation"""
 
     def encode(self, text: str) -> Float[np.ndarray, "N Z"]:
-        """The latents (posterior means) of a text, one per chunk of K tokens; the first chunk is filled with begin ids."""
+        """The latents (posterior means) of a text, one per chunk of K tokens; the first is filled up with begin ids."""
         chunks = chunk_prompt(self.tokenizer.encode(text), self.chunk_size, self.tokenizer.begin_id)
         return np.asarray(self._require_autoencoder().encode(jax.numpy.asarray(chunks)).mean)
 

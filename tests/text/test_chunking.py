@@ -6,18 +6,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from calm.errors import UsageError
-from calm.text.chunking import chunk_prompt, pad_prompts
+from calm.text.chunking import chunk_prompt, num_begins, num_chunks, pad_prompts
 
 BEGIN = 999
 IDS = st.lists(st.integers(0, 500), max_size=40)
 
 
 @given(IDS, st.integers(1, 8))
-def test_chunks_are_the_prompt_behind_one_to_k_begins(ids, chunk_size):
+def test_chunks_are_the_prompt_behind_as_few_begins_as_will_do(ids, chunk_size):
     chunks = chunk_prompt(ids, chunk_size, BEGIN)
-    begins = chunk_size - len(ids) % chunk_size
-    assert chunks.shape == (len(ids) // chunk_size + 1, chunk_size)
-    assert 1 <= begins <= chunk_size
+    begins = num_begins(len(ids), chunk_size)
+    assert 0 <= begins < chunk_size or not ids
+    assert chunks.shape == (num_chunks(len(ids), chunk_size), chunk_size)
     assert chunks.ravel().tolist() == [BEGIN] * begins + ids
 
 

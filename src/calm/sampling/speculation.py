@@ -284,7 +284,8 @@ class Speculation:
         size = self.size
         proposer, boundary, chunks, plans = self.follow(key, row, layout.start)
         end = layout.start + row.written
-        known, fill = end - boundary, size - (prompt + boundary - layout.start) % size
+        known, before = end - boundary, prompt + boundary - layout.start
+        fill = jnp.where(before > 0, -before % size, size)
         proposed = size - known
 
         def numbers(x: Array, length: int) -> Array:
@@ -338,13 +339,14 @@ def begin(recipe: Drafting, target: Model, draft: Model, text: Int[Array, "T"], 
     size, start, length = predictor.chunk_size, layout.start, layout.prompt_chunks
 
     tokens = length * size
-    state = token_lm.init_state(1, tokens + layout.capacity, (tokens - prompt)[None], rewindable=True)
+    before_last = jnp.maximum(prompt - 1, 0)
+    state = token_lm.init_state(1, tokens + layout.capacity, (tokens - before_last)[None], rewindable=True)
     state = token_lm.hidden(text[start - 1 - tokens : start - 1][None, :, None], state)[1]
     state = state._replace(layers=unstack(state.layers, token_lm.num_layers))
 
     backs = [size, *range(1, size)] if recipe.boundaries == "moved" else [size]  # row r: boundaries r + n K tokens back
     chunks = jnp.stack([text[start - back - tokens : start - back].reshape(length, size) for back in backs])
-    starts = length - ((prompt - jnp.asarray(backs)) // size + 1)
+    starts = length - jnp.maximum(0, -((jnp.asarray(backs) - prompt) // size))  # the first is filled up, if it is not whole
     rows = len(backs)
     own = predictor.init_state(rows, length + layout.capacity // size + 1, starts)
     own = predictor.hidden(chunks, own)[1]

@@ -1,6 +1,8 @@
 """Prompts -> chunks of K tokens. The end of a prompt is a chunk boundary: what is missing goes in front, as begin ids.
 
-Training windows at document starts look the same (`calm.text.batches`), so a model has seen every number of begins, 1..K.
+Training windows at document starts look the same (`calm.text.batches`), so a model has seen every number of begins, 1..K, as
+often as its corpus has document starts. A prompt of whole chunks has none in front: a corpus of one long document hardly
+teaches what a whole chunk of begins means, and at K = 8 such a chunk spoiled all that was written after it (docs/log.md).
 """
 
 from collections.abc import Sequence
@@ -15,15 +17,25 @@ NOTHING = -1
 
 
 def chunk_prompt(ids: Int[np.ndarray, "T"] | Sequence[int], chunk_size: int, begin_id: int) -> Int[np.ndarray, "N K"]:
-    """The first T mod K tokens, behind K - (T mod K) begins, then whole chunks: N = T // K + 1.
+    """The first T mod K tokens, if any, behind K - (T mod K) begins, then whole chunks: N = ceil(T / K).
 
     The empty prompt is one chunk of begins, the unconditional start.
     """
     if chunk_size < 1:
         raise UsageError(f"chunk_size: need at least 1, got {chunk_size}")
     row = np.asarray(ids, np.int32)
-    begins = np.full(chunk_size - len(row) % chunk_size, begin_id, np.int32)
+    begins = np.full(num_begins(len(row), chunk_size), begin_id, np.int32)
     return np.concatenate([begins, row]).reshape(-1, chunk_size)
+
+
+def num_begins(num_tokens: int, chunk_size: int) -> int:
+    """How many begins stand in front of a prompt."""
+    return -num_tokens % chunk_size if num_tokens else chunk_size
+
+
+def num_chunks(num_tokens: int, chunk_size: int) -> int:
+    """Of a prompt."""
+    return (num_tokens + num_begins(num_tokens, chunk_size)) // chunk_size
 
 
 def pad_prompts(

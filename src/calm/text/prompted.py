@@ -1,8 +1,9 @@
 """Training batches of prompts and responses: what generation will see, and the loss on responses alone.
 
-Every document is laid out as generation lays it out: 1 to K begin ids, so that the prompt ends on a chunk boundary; the prompt;
-the response and its end id; end ids up to the next boundary. A row starts at a document and goes on with those after it until
-it is full. Begin ids and prompts come as complements `~id`, negative numbers: they are read and not predicted.
+Every document is laid out as generation lays it out: begin ids where they are needed, so that the prompt ends on a chunk
+boundary; the prompt; the response and its end id; end ids up to the next boundary. A row starts at a document and goes on with
+those after it until it is full. Begin ids and prompts come as complements `~id`, negative numbers: they are read and not
+predicted.
 
 Row r of batch b is a function of (seed, b, r) alone, like those of `calm.text.batches`.
 """
@@ -14,6 +15,7 @@ from jaxtyping import Int
 
 from calm.errors import UsageError
 from calm.text.batches import Batches, shuffled
+from calm.text.chunking import num_begins
 from calm.text.shards import Split
 
 
@@ -77,7 +79,7 @@ class PromptedBatches(Batches):
         return -(-(self._fill(prompt) + length) // self._chunk_size) * self._chunk_size
 
     def _fill(self, prompt: int) -> int:
-        return self._chunk_size - prompt % self._chunk_size
+        return num_begins(prompt, self._chunk_size)
 
     def _document(self, document: int) -> Int[np.ndarray, "_"]:
         begin, length, prompt = self._bounds(document)
