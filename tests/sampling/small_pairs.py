@@ -51,9 +51,9 @@ def _logits(token_lm: TokenLM, tokens, at):
     return token_lm.logits(token_lm.hidden(tokens[None, :, None])[0][0, at])
 
 
-def logits_behind(token_lm: TokenLM, text: list[int]) -> np.ndarray:
-    """Of the next token, the text being read at once from its begin id."""
-    tokens = np.array([SPECIAL.begin_id, *text])
+def logits_behind(token_lm: TokenLM, text: list[int], *, begun: bool = False) -> np.ndarray:
+    """Of the next token, the text being read at once; `begun` with the empty prompt, which is a begin id."""
+    tokens = np.array([SPECIAL.begin_id] * begun + text)
     return np.asarray(_logits(token_lm, jnp.asarray(np.pad(tokens, (0, 24 - len(tokens)))), len(tokens) - 1))
 
 

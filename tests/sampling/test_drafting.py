@@ -52,8 +52,8 @@ def exact_law(token_lm: TokenLM, law: SoftmaxSampler, prompt: list[int], length:
     """Every continuation of so many tokens, and its probability by the token model read from the beginning."""
     allowed = [token for token in range(V) if token not in (SPECIAL.begin_id, SPECIAL.mask_id)]
     every = np.array(list(itertools.product(allowed, repeat=length)))
-    text = np.concatenate([np.tile([SPECIAL.begin_id, *prompt], (len(every), 1)), every], axis=1)
-    logits = np.array(token_lm.logits(token_lm.hidden(jnp.asarray(text[:, :-1, None]))[0][:, len(prompt) :]))
+    text = np.concatenate([np.tile(prompt, (len(every), 1)), every], axis=1)
+    logits = np.array(token_lm.logits(token_lm.hidden(jnp.asarray(text[:, :-1, None]))[0][:, len(prompt) - 1 :]))
     logits[..., [SPECIAL.begin_id, SPECIAL.mask_id]] = -np.inf
     weights = np.asarray(law.weights(jnp.asarray(logits.reshape(-1, V)))).reshape(logits.shape)
     of_each = np.take_along_axis(weights / weights.sum(-1, keepdims=True), every[..., None], axis=-1)[..., 0]
@@ -120,11 +120,12 @@ def twin(writer, law, recipe, prompt, key) -> tuple[list[int], dict[str, int]]:
     """One row of matched drafts in plain Python: both models read the whole text anew at every step."""
     token_lm, predictor = models(writer)
     numbers = np.asarray(uniforms_of(key, LENGTH + K + 1).choice)
+    begins = [] if prompt else [SPECIAL.begin_id] * K  # what an empty prompt is stays in front of what is written
     text, written, counts = list(prompt), 0, dict(passes=0, proposed=0, accepted=0)
     while written < LENGTH:
         known = written % K if recipe.boundaries == "kept" else 0
         boundary = len(text) - known
-        chunks = chunk_prompt(text[:boundary], K, SPECIAL.begin_id)
+        chunks = chunk_prompt([*begins, *text[:boundary]] if boundary % K == 0 else text[:boundary], K, SPECIAL.begin_id)
         padded = np.pad(chunks, ((0, 10 - len(chunks)), (0, 0)))  # the future: not seen
         before = np.array([NOTHING] * 5 + chunks.reshape(-1).tolist(), np.int32)
         previous = jnp.asarray(before[len(before) - predictor.reach :])
@@ -144,7 +145,7 @@ def twin(writer, law, recipe, prompt, key) -> tuple[list[int], dict[str, int]]:
         kept = -1
         while kept < 0 or (kept < len(drafts) and token == drafts[kept]):
             kept += 1
-            token = choose(law, logits_behind(token_lm, text), numbers[written])
+            token = choose(law, logits_behind(token_lm, text, begun=not prompt), numbers[written])
             text.append(token)
             written += 1
         done = dict(passes=1, proposed=len(drafts), accepted=kept)

@@ -17,7 +17,7 @@ from calm.sampling.speculation import uniforms_of
 from calm.text.chunking import chunk_prompt
 
 PROMPTS = [[2, 3, 4, 5, 2, 2, 3][:length] for length in (0, 1, 3, 7, 2, 5, 4, 6)]
-LENGTH, THRESHOLD = 12, 0.0
+LENGTH, THRESHOLD = 15, -0.1
 
 
 def keys(rows: int = len(PROMPTS)):
@@ -49,7 +49,8 @@ def test_every_chunk_is_that_of_the_model_whose_turn_it_is():
     router, law = random_router(), SoftmaxSampler(temperature=1.5)
     result = routed(THRESHOLD, law=law)
     starts = [(row, chunk) for row in range(len(PROMPTS)) for chunk in range(LENGTH // K)]
-    before = [[*PROMPTS[row], *result.tokens[row, : K * chunk].tolist()] for row, chunk in starts]
+    begins = [SPECIAL.begin_id] * K  # the empty prompt
+    before = [[*(PROMPTS[row] or begins), *result.tokens[row, : K * chunk].tolist()] for row, chunk in starts]
     by_chunk = generate(predictor, before, keys(len(before)), special=SPECIAL, max_tokens=K, decoding="argmax").tokens
     turns = np.zeros((len(PROMPTS), LENGTH // K), bool)
     for number, (row, chunk) in enumerate(starts):
@@ -60,7 +61,8 @@ def test_every_chunk_is_that_of_the_model_whose_turn_it_is():
         numbers = np.asarray(uniforms_of(keys()[row], LENGTH).choice)
         if turns[row, chunk]:
             for place in range(K * chunk, K * chunk + K):
-                text.append(choose(law, logits_behind(token_lm, text), numbers[place]))
+                read = text if PROMPTS[row] else text[K:]
+                text.append(choose(law, logits_behind(token_lm, read, begun=not PROMPTS[row]), numbers[place]))
         written = text[-K:] if turns[row, chunk] else by_chunk[number]
         np.testing.assert_array_equal(result.tokens[row, K * chunk :][:K], written, err_msg=str(before[number]))
     np.testing.assert_array_equal(result.by_tokens, turns.sum(1))

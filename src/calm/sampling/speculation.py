@@ -285,7 +285,7 @@ class Speculation:
         proposer, boundary, chunks, plans = self.follow(key, row, layout.start)
         end = layout.start + row.written
         known, before = end - boundary, prompt + boundary - layout.start
-        fill = jnp.where(before > 0, -before % size, size)
+        fill = -before % size + jnp.where(prompt == 0, size, 0) * (before % size == 0)  # the empty prompt is a chunk of begins
         proposed = size - known
 
         def numbers(x: Array, length: int) -> Array:
