@@ -28,7 +28,7 @@ def test_a_state_continues_like_its_prompt(words, state):
     ("options", "message"),
     [
         ("--state {path} --prompt a", "takes the place of the prompts"),
-        ("--state {path} --rewind 5", "rewind: 5 chunks of 5 that were read"),
+        ("--state {path} --rewind 4", "rewind: 4 chunks of 4 that were read"),
         ("--state {path} --max-tokens 100000", "has room for"),
         ("--state {path}.none", "no such file"),
         ("--rewind 1", "rewind goes with state"),

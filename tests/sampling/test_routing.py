@@ -74,7 +74,7 @@ def test_one_model_alone_writes_what_it_writes_without_a_router():
     """Drawn, with the same keys, to an end token."""
     token_lm, predictor = models("both")
     special = SpecialIds(begin_id=0, end_id=5, mask_id=1)
-    options = dict(special=special, max_tokens=LENGTH - 5)
+    options = dict(special=special, max_tokens=LENGTH - 8)
     alone = {
         float("inf"): generate(predictor, PROMPTS, keys(), decoding="drawn", **options),
         float("-inf"): generate(token_lm, PROMPTS, keys(), sampler=SoftmaxSampler(), decoding="drawn", **options),

@@ -159,7 +159,8 @@ class AlignmentStudy:
                 concept, steps = cells[name]
                 settings = dict(model=request.model, data=str(request.data), judge=request.score.judge or "", concept=concept)
                 chosen = dict(split=request.score.split, seed=seed, seal=SealConfig(inner_steps=steps))
-                run = AlignmentRun(**settings, **chosen, **({"prompts": request.score.texts} if request.score.texts else {}))
+                prompts: dict[str, Any] = {"prompts": request.score.texts} if request.score.texts else {}
+                run = AlignmentRun(**settings, **chosen, **prompts)
                 work: Callable[[], dict[str, Any]] = lambda run=run: run_cell(run)  # noqa: E731
                 request.say(f"{name} seed {seed}")
                 result = cell_result(cell_folder(request.out, name, seed), run, work, request.say)

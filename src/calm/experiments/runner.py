@@ -146,7 +146,7 @@ def _rescheduled(run: Run, steps: int) -> Run:
     if not isinstance(run, LatentLMRun):
         return run
     at = {name: getattr(run.loss, name) for name in ("auxiliary_decay_steps", "energy_from_step")}
-    scaled = {name: max(1, round(step * steps / run.train.steps)) for name, step in at.items() if step}
+    scaled: dict[str, Any] = {name: max(1, round(step * steps / run.train.steps)) for name, step in at.items() if step}
     return dataclasses.replace(run, loss=dataclasses.replace(run.loss, **scaled))
 
 

@@ -23,9 +23,10 @@ from calm.nn.mixer import Window
 from calm.sampling import steps
 from calm.sampling.drafting import checked_models, lay_out, mask_of
 from calm.sampling.generate import HasSpecialIds
+from calm.sampling.row_text import tokens_before
 from calm.sampling.sampler import PlainSampler, Sampler
 from calm.sampling.softmax import SoftmaxSampler
-from calm.sampling.speculation import Drafting, Layout, Speculation, begin, tokens_before, uniforms_of
+from calm.sampling.speculation import Drafting, Layout, Speculation, begin, uniforms_of
 from calm.sampling.steps import Model, ModelSource, Weights, step_keys
 
 

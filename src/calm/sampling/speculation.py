@@ -25,9 +25,9 @@ from calm.nn.mixer import Window
 from calm.nn.unrolled import unstack
 from calm.rng import PRNGKey, stream
 from calm.sampling.acceptance import accept_or_resample, keep_matching
+from calm.sampling.row_text import begins_before, tokens_before
 from calm.sampling.softmax import SoftmaxSampler
 from calm.sampling.steps import Model, Weights, step_keys
-from calm.text.chunking import NOTHING
 
 RULES, BOUNDARIES = ("accept", "match"), ("kept", "moved")
 
@@ -284,8 +284,7 @@ class Speculation:
         size = self.size
         proposer, boundary, chunks, plans = self.follow(key, row, layout.start)
         end = layout.start + row.written
-        known, before = end - boundary, prompt + boundary - layout.start
-        fill = -before % size + jnp.where(prompt == 0, size, 0) * (before % size == 0)  # the empty prompt is a chunk of begins
+        known, fill = end - boundary, begins_before(prompt, prompt + boundary - layout.start, size)
         proposed = size - known
 
         def numbers(x: Array, length: int) -> Array:
@@ -325,12 +324,6 @@ class Speculation:
         )
 
 
-def tokens_before(text: Int[Array, "T"], at: Int[Array, ""], number: int, first: Int[Array, ""]) -> Int[Array, "X"]:
-    """The last tokens before a place; `NOTHING` before `first`."""
-    index = at - number + jnp.arange(number)
-    return jnp.where(index < first, NOTHING, text[index])
-
-
 def begin(recipe: Drafting, target: Model, draft: Model, text: Int[Array, "T"], prompt: Int[Array, ""], layout: Layout) -> Row:
     """Reads a prompt of `prompt` tokens with both models, layers still stacked: all of it but the last token and the last
     chunk. Phases of chunks that end inside the prompt are read to their last boundary before its end."""
@@ -339,8 +332,8 @@ def begin(recipe: Drafting, target: Model, draft: Model, text: Int[Array, "T"], 
     size, start, length = predictor.chunk_size, layout.start, layout.prompt_chunks
 
     tokens = length * size
-    before_last = jnp.maximum(prompt - 1, 0)
-    state = token_lm.init_state(1, tokens + layout.capacity, (tokens - before_last)[None], rewindable=True)
+    began = tokens - jnp.maximum(prompt - 1, 0)
+    state = token_lm.init_state(1, tokens + layout.capacity, began[None], rewindable=True)
     state = token_lm.hidden(text[start - 1 - tokens : start - 1][None, :, None], state)[1]
     state = state._replace(layers=unstack(state.layers, token_lm.num_layers))
 
