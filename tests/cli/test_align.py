@@ -111,6 +111,8 @@ def test_text_that_reads_worse_than_allowed_gives_way_to_the_standard_one(tiny_r
         ([], "say what is wanted"),
         (["--concept", "cat", "--rate", "0"], "rate must lie in (0, 1000]"),
         (["--concept", "cat", "--inner-steps", "0"], "inner_steps must lie in 1 .. 1000"),
+        (["--critic", "x", "--by", "text"], "--by is about a concept"),
+        (["--concept", "xyzzy", "--by", "direction"], "concept xyzzy: not one of its words is in the"),
         (["--concept", "cat", "--steer", "1"], "--steer is about a control"),
         (["--concept", "cat", "--max-tokens", "4000"], "beyond the context of 48"),
         (["--concept", "cat", "--feedback", "latent"], "needs a stem that reads latents alone"),

@@ -77,6 +77,8 @@ class Align:
 
         if self.steer is not None and not self.controls:
             raise UsageError("--steer is about a control: add --controls")
+        if self.by != "auto" and not self.concept:
+            raise UsageError("--by is about a concept: add --concept")
         if not self.concept and not self.critic:
             raise UsageError("say what is wanted: --concept war,army,battle, or --critic DIR of `calm train critic`")
         config = SealConfig(

@@ -206,7 +206,7 @@ def summary_of(results: Sequence[dict[str, Any]], title: str) -> str:
             f"classifier's area under the curve {_average(own, 'classifier_area')}"
         )
         parts.append(table([*header, "function words %", "FLOPs"], rows))
-        parts.append(verdict(own))
+        parts += [verdict(own), by_concept(own)]
     return "\n\n".join([*parts, "95 % intervals, bootstrap over prompts; gain in log-odds over the standard text"])
 
 
@@ -220,6 +220,17 @@ def verdict(results: Sequence[dict[str, Any]]) -> str:
         f"Weight updates {said} the best of {count} texts at equal FLOPs: {interval_text(difference, 2)} by the classifier. "
         f"Fluency costs them {interval_text(_percent(cost), 1)} % more than the standard text."
     )
+
+
+def by_concept(results: Sequence[dict[str, Any]]) -> str:
+    """Aligned texts concept by concept: a mean over concepts can hide texts that read easily because they repeat themselves."""
+    rows = []
+    for concept in dict.fromkeys(result["concept"] for result in results):
+        own = [result for result in results if result["concept"] == concept]
+        gains = [interval_text(against(own, way, "standard"), 2) for way in ("aligned", BEST)]
+        shares = [fluency_cost(own, "aligned"), _interval(own, "aligned", "repeated")]
+        rows.append([concept, *gains, *(interval_text(_percent(share), 1) for share in shares)])
+    return table(["concept", "gain, aligned", f"gain, {BEST}", "fluency cost %", f"repeated {REPEATED}-grams %"], rows)
 
 
 def fluency_cost(results: Sequence[dict[str, Any]], way: str) -> Interval | None:

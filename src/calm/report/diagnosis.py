@@ -152,7 +152,8 @@ def judge_voted(gain: Interval, voted: float, fallback: float, candidates: int) 
 
 
 def judge_alignment(plain: float, losses: Mapping[int, Interval], padding: float) -> Stage:
-    """Brier-1 after whole chunks of text, and what it loses where the first chunk holds T mod K tokens behind begin ids."""
+    """Brier-1 after whole chunks of text, and what it loses where the first chunk holds so many tokens behind begin ids;
+    with 0 it is the empty prompt's."""
     worst = max(losses, key=lambda rest: losses[rest].estimate)
     loss = losses[worst]
     moved = padding > STATE_DIFFERENCE
@@ -161,7 +162,7 @@ def judge_alignment(plain: float, losses: Mapping[int, Interval], padding: float
     return Stage(
         name="prompt alignment",
         failed=failed,
-        finding=f"Brier-1 {plain:.2f} after whole chunks; a first chunk of T mod K = {worst} tokens behind begin ids costs "
+        finding=f"Brier-1 {plain:.2f} after whole chunks; a first chunk of {worst} tokens behind begin ids costs "
         f"most, {interval_text(loss)}{words}",
         threshold=f"a filled first chunk costs more than {ALIGNMENT_LOSS:.0%} of Brier-1 in the chunks after it, or padding in "
         f"a batch moves a hidden state by more than {STATE_DIFFERENCE:.0%}",

@@ -23,7 +23,7 @@ from calm.nn.mixer import Window
 from calm.sampling import steps
 from calm.sampling.drafting import checked_models, lay_out, mask_of
 from calm.sampling.generate import HasSpecialIds
-from calm.sampling.row_text import tokens_before
+from calm.sampling.row_text import begins_before, tokens_before
 from calm.sampling.sampler import PlainSampler, Sampler
 from calm.sampling.softmax import SoftmaxSampler
 from calm.sampling.speculation import Drafting, Layout, Speculation, begin, uniforms_of
@@ -129,7 +129,7 @@ def _run(
     def one(each: tuple[Array, Array, Array]) -> tuple[Array, ...]:
         key, text, prompt = each
         choices = uniforms_of(key, layout.capacity).choice
-        first = layout.start - prompt - (size - prompt % size)
+        first = layout.start - prompt - begins_before(prompt, prompt, size)
 
         def by_tokens(row: Row) -> tuple[Array, Any]:
             """K tokens, one after the other, behind all that has not been read."""

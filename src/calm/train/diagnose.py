@@ -265,14 +265,13 @@ def _alignment(
         document=np.asarray(document, np.int64),
         block_tokens=blocks.shape[1],
     )
-    kept = range(min(1, size - 1), size)  # a whole chunk of begins is met by the empty prompt alone
-    losses = bootstrap(sums, [lambda means, rest=rest: 100 * (means[..., size] - means[..., rest]) for rest in kept])
+    losses = bootstrap(sums, [lambda means, rest=rest: 100 * (means[..., size] - means[..., rest]) for rest in range(size)])
     prefix = blocks[:2, : 4 * size].reshape(2, -1, size)
     padded = np.concatenate([np.full((2, 3, size), special.begin_id), prefix], axis=1)
     state = predictor.init_state(2, padded.shape[1], jnp.full((2,), 3, jnp.int32))
     alone = predictor.hidden(jnp.asarray(prefix, jnp.int32))[0]
     in_batch = predictor.hidden(jnp.asarray(padded, jnp.int32), state)[0][:, 3:]
-    return judge_alignment(100 * float(sums.means[size]), dict(zip(kept, losses, strict=True)), _relative(in_batch, alone))
+    return judge_alignment(100 * float(sums.means[size]), dict(enumerate(losses)), _relative(in_batch, alone))
 
 
 def _free_running(
