@@ -43,6 +43,18 @@ def test_ways_are_compared_prompt_by_prompt_over_all_cells():
     assert against(results, "shuffled reward", "standard").low < 0.05
 
 
+def test_costs_that_cancel_in_the_mean_stand_apart_by_concept():
+    found = []
+    for concept, bits in (("war", 2.4), ("river", 1.6)):
+        one = result(3, 0, {}) | {"concept": concept}
+        one["ways"]["standard"]["fluency"], one["ways"]["aligned"]["fluency"] = [[2.0, 1.0]] * 40, [[bits, 1.0]] * 40
+        found.append(one)
+    assert fluency_cost(found, "aligned").estimate == pytest.approx(0.0, abs=1e-9)
+    text = summary_of(found, "align")
+    war, river = (next(line for line in text.splitlines() if line.startswith(name)) for name in ("war", "river"))
+    assert "20.0 [20.0, 20.0]" in war and "-20.0 [-20.0, -20.0]" in river
+
+
 @pytest.mark.parametrize(
     ("gains", "said"),
     [
