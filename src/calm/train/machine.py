@@ -5,6 +5,7 @@ the run reaches) and decides between the two precisions: bfloat16 operands with 
 units for them, float32 where it has not and bfloat16 would be slower.
 """
 
+import functools
 import time
 from typing import NamedTuple, cast
 
@@ -56,13 +57,19 @@ def probe(shapes: tuple[tuple[int, int, int], ...] = SHAPES, seconds: float = 1.
     return MatrixRates(**best)
 
 
+@functools.cache
+def machine_rates() -> MatrixRates:
+    """Both rates by a probe, once in a process: a study trains dozens of models in one."""
+    return probe()
+
+
 def choose_precision(requested: str, rates: MatrixRates | None = None) -> Precision:
-    """The precision asked for; "auto" takes the faster one on this machine, probing it unless `rates` are known."""
+    """The precision asked for; "auto" takes the faster one on this machine, probed unless `rates` are known."""
     if requested in PRECISIONS:
         return cast(Precision, requested)
     if requested != "auto":
         raise UsageError(f"precision must be one of auto, {', '.join(PRECISIONS)}, got {requested!r}")
-    rates = rates or probe()
+    rates = rates or machine_rates()
     return "bfloat16" if rates.bfloat16 >= ADVANTAGE * rates.float32 else "float32"
 
 

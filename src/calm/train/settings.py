@@ -9,7 +9,7 @@ from jax.experimental import multihost_utils
 
 from calm.errors import UsageError
 from calm.nn.dense import Precision
-from calm.train.machine import MatrixRates, choose_precision, probe
+from calm.train.machine import MatrixRates, choose_precision, machine_rates
 from calm.train.mesh import MeshConfig
 from calm.train.optim import OptimizerConfig
 from calm.train.run_folder import RunFolder
@@ -85,7 +85,7 @@ def settle_precision(requested: str, folder: str | Path) -> tuple[Precision, Mat
     """
     meta = RunFolder(folder, writes=False).read_meta()
     recorded = meta.get("matrix_rates")
-    rates = MatrixRates(**recorded) if recorded else probe()
+    rates = MatrixRates(**recorded) if recorded else machine_rates()
     if jax.process_count() > 1:  # every host must come to the same choice, and each has measured something else
         rates = MatrixRates(*map(float, multihost_utils.broadcast_one_to_all(tuple(rates))))
     if requested == "auto" and meta.get("precision"):
