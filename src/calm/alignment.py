@@ -33,7 +33,7 @@ from calm.ttt.controls import directions, moved, random_changes
 from calm.ttt.cost import AlignmentCost, alignment_cost
 from calm.ttt.critic import ConceptCritic, ShuffledCritic, checked_rewards, reads_chunks, weighted
 from calm.ttt.critic_files import load_critic
-from calm.ttt.lexicon import LexiconCritic, evidence_of
+from calm.ttt.lexicon import LexiconCritic, topic_of
 from calm.ttt.rollout import require_steerable
 from calm.ttt.seal import Acted, Prompts, Rewired, Seal, SealConfig
 from calm.ttt.training import read_lines
@@ -59,13 +59,13 @@ def topic_critic(
     passages = text.read(0, count * PASSAGE).reshape(count, PASSAGE)
     if concept.startswith("@"):
         examples = tokenizer.encode_batch(read_lines(concept[1:], "concept"))
-        own, other, found = np.concatenate(examples), passages, len(examples)
+        own, other, found = examples, passages, len(examples)
     else:
         words = parse_words(concept)
         about = chunks_with(words, passages, PASSAGE, tokenizer)[:, 0]
         own, other, found = passages[about], passages[~about], int(about.sum())
         require_found(found, words, passages.size)
-    return LexiconCritic.of(predictor, evidence_of(own, other, predictor.vocab_size)), found
+    return LexiconCritic.of(predictor, topic_of(list(own), list(other), predictor.vocab_size)), found
 
 
 def concept_critic(
@@ -164,7 +164,7 @@ def align(
     standard = writer.standard
     began = time.perf_counter()
     rewired = writer.rewire(critic)
-    aligned = writer.act(rewired.changes)
+    aligned = writer.best(rewired.changes)
     seconds = time.perf_counter() - began
     flops = writer.cost
     ways = [writer.way("standard", standard, flops.text), writer.way("aligned", aligned, flops.total)]
@@ -247,14 +247,18 @@ class Writer:
         options: dict[str, Any] = dict(num_chunks=self.num_chunks, num_texts=num_texts, shifts=shifts)
         return self.seal.act(self.critic, self.prompts, own, changes, **options)
 
+    def best(self, changes: Any) -> Acted:
+        """What the critic likes best of the texts that changed weights write (`SealConfig.texts`)."""
+        return self.act(changes, num_texts=self.seal.config.texts).best()
+
     def control(self, name: str, rewired: Rewired, aligned: Acted, steer: float | None = None) -> tuple[Acted, float]:
         """One of `CONTROLS`: its texts, and what one of them cost."""
         if name == "shuffled reward":
             shuffled = ShuffledCritic.of(self.critic, stream(self.key, "shuffled"), aligned.latents.shape[-1])
-            return self.act(self.rewire(shuffled).changes), self.cost.total
+            return self.best(self.rewire(shuffled).changes), self.cost.total
         if name == "random direction":
             keys = row_keys(stream(self.key, "random direction"), len(self.prompts.starts))
-            return self.act(random_changes(keys, rewired.changes)), self.cost.total
+            return self.best(random_changes(keys, rewired.changes)), self.cost.total
         if name == "best of S":
             return self.act(num_texts=self.cost.texts).best(), self.cost.texts * (self.cost.text + self.cost.judging)
         length = moved(self.standard.latents, aligned.latents) if steer is None else np.full(len(aligned.latents), steer)

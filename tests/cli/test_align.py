@@ -9,6 +9,7 @@ import pytest
 import tiny
 from calm import alignment, bundle
 from calm.report.alignment import AlignmentReport, Way
+from calm.ttt.seal import SealConfig
 from random_models import normal
 
 SMALL = ["--samples", "2", "--chunks", "2", "--inner-steps", "2", "--max-tokens", "12"]
@@ -75,6 +76,23 @@ def test_controls_are_run_by_the_same_command(tiny_runs):
     assert flops[1] == flops[2] == flops[3] and 0.5 * flops[1] < flops[4] <= flops[1] and flops[5] == flops[0]
     rewards = {way["name"]: way["rewards"][0] for way in report["ways"]}
     assert rewards[names[4]] > rewards["standard"]
+
+
+def test_the_critics_best_of_several_aligned_texts_is_kept_and_paid_for(tiny_runs):
+    model = bundle.load(tiny_runs / "lm")
+    critic, _ = alignment.wanted_critic(model, "cat,dog")
+    one, three = (
+        alignment.Writer(
+            model, SealConfig(samples=2, chunks=2, inner_steps=2, texts=texts), ["The cat", "A"], critic, max_tokens=12
+        )
+        for texts in (1, 3)
+    )
+    rewired = three.rewire(critic)
+    every, kept = three.act(rewired.changes, num_texts=3), three.best(rewired.changes)
+    np.testing.assert_array_equal(kept.rewards[:, 0], every.rewards.max(1))
+    assert kept.chunks.shape == one.best(rewired.changes).chunks.shape and np.ptp(every.rewards, axis=1).min() > 0
+    assert three.cost.total == one.cost.rewire + 3 * (one.cost.text + one.cost.judging) > one.cost.total
+    assert three.cost.texts > one.cost.texts
 
 
 def test_critics_from_folders_add_up_with_their_weights(tiny_runs, critics):

@@ -182,6 +182,7 @@ def test_the_energy_of_text_under_the_base_model_is_a_number_for_each_text(predi
         (dict(rate=0.0), "rate must lie in \\(0, 1000\\], got 0.0"),
         (dict(rate=float("nan")), "rate must lie in"),
         (dict(at_once=0), "at_once"),
+        (dict(texts=0), "texts must lie in 1 .. 4096"),
     ],
 )
 def test_settings_out_of_range_are_refused(options, message):

@@ -42,6 +42,8 @@ class Align:
     rate: float = 1e-2
     """Their size; with the optimizer `relative`, in lengths of the weights that change."""
     optimizer: Literal["relative", "sgd", "adam"] = "relative"
+    texts: int = 1
+    """Texts that the adapted weights write, of which the critic's best is kept."""
     weights: Literal["head", "all"] = "head"
     """Which weights change: the head's, or those of stem, backbone and head."""
     rank: int = 0
@@ -87,6 +89,7 @@ class Align:
             inner_steps=self.inner_steps,
             rate=self.rate,
             optimizer=self.optimizer,
+            texts=self.texts,
             fast=FastWeightsConfig(part=self.weights, rank=self.rank),
             feedback=self.feedback,
             brakes=Brakes(

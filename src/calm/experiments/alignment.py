@@ -85,7 +85,7 @@ def run_cell(run: AlignmentRun) -> dict[str, Any]:
     options: dict[str, Any] = dict(max_tokens=run.num_chunks * model.chunk_size, judge=judge, seed=run.seed)
     writer = Writer(model, run.seal, prompts, critic, **options)
     rewired = writer.rewire(critic)
-    aligned = writer.act(rewired.changes)
+    aligned = writer.best(rewired.changes)
     written = {"standard": (writer.standard, writer.cost.text), "aligned": (aligned, writer.cost.total)}
     written |= {name: writer.control(name, rewired, aligned) for name in CONTROLS}
     return {

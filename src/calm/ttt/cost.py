@@ -22,14 +22,16 @@ class AlignmentCost:
     """reading the prompt and writing one text"""
     judging: float = 0.0
     """the critic's opinion of one text"""
+    written: int = 1
+    """texts that the adapted weights write, each judged where one of several is kept"""
 
     @property
     def total(self) -> float:
-        return self.rewire + self.text
+        return self.rewire + self.written * (self.text + (self.judging if self.written > 1 else 0.0))
 
     @property
     def texts(self) -> int:
-        """How many texts could be written and judged without adaptation for what adaptation and one text cost."""
+        """How many texts could be written and judged without adaptation for what adaptation and its texts cost."""
         return max(1, int(self.total // (self.text + self.judging)))
 
 
@@ -72,4 +74,4 @@ def alignment_cost(
     if config.brakes.penalty:
         per_step += 3 * config.samples * head
     rewire = config.inner_steps * per_step + prompt
-    return AlignmentCost(rewire=float(rewire), text=float(text), judging=float(num_chunks * judge))
+    return AlignmentCost(rewire=float(rewire), text=float(text), judging=float(num_chunks * judge), written=config.texts)

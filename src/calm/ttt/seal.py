@@ -64,6 +64,8 @@ class SealConfig:
     """what the gradient does between chunks (`calm.ttt.rollout`): constant, straight_through, or latent, which only a stem that
     reads nothing but latents can do; auto = latent there, else constant"""
     brakes: Brakes = Brakes()
+    texts: int = 1
+    """texts that the adapted weights write for a prompt, of which the critic's best is kept"""
     at_once: int = 8
     """prompts that are adapted side by side; memory grows with it (docs/ttt.md)"""
 
@@ -76,6 +78,8 @@ class SealConfig:
             raise UsageError(f"alignment: inner_steps must lie in 1 .. 1000, got {self.inner_steps}")
         if not (0 < self.rate <= 1000):
             raise UsageError(f"alignment: rate must lie in (0, 1000], got {self.rate}")
+        if not 1 <= self.texts <= 4096:
+            raise UsageError(f"alignment: texts must lie in 1 .. 4096, got {self.texts}")
         if self.at_once < 1:
             raise UsageError(f"alignment: at_once must be at least 1, got {self.at_once}")
 
@@ -235,7 +239,7 @@ def _limits(config: SealConfig) -> Limits:
 def _recipe(config: SealConfig) -> SealConfig:
     """The configuration as far as programs differ by it."""
     watched = Brakes(penalty=float(config.brakes.penalty > 0), max_drift=None if config.brakes.max_drift is None else 1.0)
-    return dataclasses.replace(config, rate=1.0, brakes=watched)
+    return dataclasses.replace(config, rate=1.0, brakes=watched, texts=1)
 
 
 def _mapped(one: Any, groups: Any) -> Any:
