@@ -113,8 +113,16 @@ class LexiconCritic:
                 "from latents alone"
             )
         graphdef, params = nnx.split(predictor.autoencoder if writer is None else writer)
-        numbers = (jnp.asarray(number, jnp.float32) for number in topic)
-        return LexiconCritic(*numbers, predictor.table, params, graphdef, predictor.precision)
+        return LexiconCritic(
+            evidence=jnp.asarray(topic.evidence, jnp.float32),
+            content=jnp.asarray(topic.content, jnp.float32),
+            level=jnp.float32(topic.level),
+            share=jnp.float32(topic.share),
+            table=predictor.table,
+            params=params,
+            graphdef=graphdef,
+            precision=predictor.precision,
+        )
 
 
 def topic_of(about: Sequence[Int[np.ndarray, "_"]], other: Sequence[Int[np.ndarray, "_"]], vocab_size: int) -> Topic:
