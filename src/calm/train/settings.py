@@ -78,7 +78,7 @@ class TrainConfig:
 
 
 def settle_precision(requested: str, folder: str | Path) -> tuple[Precision, MatrixRates | None]:
-    """The precision of the run in `folder`, and the machine's rates: those recorded when it began, else by a probe now.
+    """The precision of the run in `folder`, and the machine's rates: those recorded when it began, else by a probe.
 
     The objective is built with this precision, and both go to `train`, which records them. A run that goes on takes what is
     recorded, so that a probe in a busier moment cannot change its numbers.
