@@ -9,7 +9,16 @@ import tiny
 from calm.alignment import CONTROLS
 from calm.errors import UsageError
 from calm.experiments import studies
-from calm.experiments.alignment import against, fluency_cost, picture, pooled, summary_of, verdict
+from calm.experiments.alignment import (
+    ROLLED_BACK,
+    against,
+    fluency_cost,
+    picture,
+    pooled,
+    rolled_back,
+    summary_of,
+    verdict,
+)
 from calm.experiments.study import Request
 
 WAYS = ("standard", "aligned", *CONTROLS)
@@ -30,7 +39,8 @@ def result(steps, seed, gains):
 
     facts = dict(concept="war", found_in=9, classifier_area=0.9, texts_of_best=4, fluency_of="bits/byte by the judge")
     numbers = dict(reward_before=0.0, reward_after=0.5, drift=0.1)
-    return {"steps": steps, "seed": seed, **facts, **numbers, "ways": {name: way(i, name) for i, name in enumerate(WAYS)}}
+    ways = {name: way(i, name) for i, name in enumerate(WAYS)}
+    return rolled_back({"steps": steps, "seed": seed, **facts, **numbers, "ways": ways})
 
 
 def test_ways_are_compared_prompt_by_prompt_over_all_cells():
@@ -51,7 +61,8 @@ def test_costs_that_cancel_in_the_mean_stand_apart_by_concept():
         found.append(one)
     assert fluency_cost(found, "aligned").estimate == pytest.approx(0.0, abs=1e-9)
     text = summary_of(found, "align")
-    war, river = (next(line for line in text.splitlines() if line.startswith(name)) for name in ("war", "river"))
+    lines = [line for line in text.splitlines() if line.split()[1:2] == ["aligned"]]
+    war, river = (next(line for line in lines if line.startswith(name)) for name in ("war", "river"))
     assert "20.0 [20.0, 20.0]" in war and "-20.0 [-20.0, -20.0]" in river
 
 
@@ -64,7 +75,7 @@ def test_costs_that_cancel_in_the_mean_stand_apart_by_concept():
     ],
 )
 def test_it_is_said_plainly_whether_weight_updates_beat_best_of_s(gains, said):
-    assert said in verdict([result(3, 0, gains)])
+    assert said in verdict([result(3, 0, gains)], "aligned")
 
 
 def test_what_fluency_costs_is_a_share_of_the_standard_texts():
@@ -73,14 +84,29 @@ def test_what_fluency_costs_is_a_share_of_the_standard_texts():
         found["ways"][way]["fluency"] = [[bits + 0.01 * row, 1.0] for row in range(40)]
     cost = fluency_cost([found], "aligned")
     assert cost.estimate == pytest.approx(0.2 / 2.195) and cost.low <= cost.estimate <= cost.high
-    assert "Fluency costs them 9.1 [9.1, 9.1] % more" in verdict([found])
+    assert "Fluency costs them 9.1 [9.1, 9.1] % more" in verdict([found], "aligned")
+
+
+def test_texts_that_read_much_worse_give_way_to_the_standard_ones_and_both_are_paid_for():
+    found = result(3, 0, {"aligned": 1.0})
+    found["ways"].pop(ROLLED_BACK)
+    bits = [2.0 if row % 4 else 2.5 for row in range(40)]  # every fourth aligned text reads 25 % worse
+    found["ways"]["standard"]["fluency"], found["ways"]["aligned"]["fluency"] = [[2.0, 1.0]] * 40, [[x, 1.0] for x in bits]
+    kept = rolled_back(found)
+    way, standard, aligned = (kept["ways"][name] for name in (ROLLED_BACK, "standard", "aligned"))
+    assert list(kept["ways"])[:3] == ["standard", "aligned", ROLLED_BACK] and kept["share_rolled_back"] == 0.25
+    for row in range(40):
+        assert way["judge"][row] == (aligned if row % 4 else standard)["judge"][row]
+    assert fluency_cost([kept], ROLLED_BACK).estimate == 0 and way["flops"] == aligned["flops"] + standard["flops"]
+    assert 0.7 < against([kept], ROLLED_BACK, "standard").estimate < 0.8
+    assert "undone where a text reads more than 20% worse (25% of them)" in verdict([kept], ROLLED_BACK)
 
 
 def test_the_table_has_every_way_and_the_picture_is_drawn(tmp_path):
     results = [result(steps, 0, {"aligned": 1.0}) for steps in (1, 3)]
     text = summary_of(results, "align")
     assert all(f"\n{name}" in text for name in ("standard", "aligned", "best of 4", "steering")) and "3 inner steps" in text
-    assert text.count("Weight updates beat") == 2
+    assert text.count("Weight updates beat") == 2 and text.count("undone where") == 2
     picture(results, tmp_path / "gain.png")
     assert (tmp_path / "gain.png").stat().st_size > 5000
 
@@ -110,7 +136,7 @@ def test_a_cell_runs_once_and_is_read_back(tiny_runs, tmp_path):
     words += ["--out", str(out), "--only", "king-steps-1"]
     first = tiny.run(*words)
     (cell,) = first["results"]
-    assert cell["cell"] == "king-steps-1" and set(cell["ways"]) == set(WAYS) and cell["texts_of_best"] >= 1
+    assert cell["cell"] == "king-steps-1" and set(cell["ways"]) == {*WAYS, ROLLED_BACK} and cell["texts_of_best"] >= 1
     assert all(len(way["judge"]) == 2 for way in cell["ways"].values()) and len(set(cell["example"].values())) > 1
     assert (out / "align.png").is_file() and "Weight updates" in (out / "align.md").read_text()
     before = (out / "king-steps-1" / "seed-0" / "result.json").stat().st_mtime_ns

@@ -43,6 +43,8 @@ CONCEPTS = (
 )
 STEPS = (3, 10)
 BEST = "best of S"
+ROLLED_BACK, MOST_LOSS = "rolled back", 0.2
+"""aligned texts, with the standard one in the place of those that read worse by more than this share (`Brakes.max_loss`)"""
 NOTHING_TO_SAY = Interval(estimate=float("nan"), low=float("nan"), high=float("nan"))
 MEASURES = ("judge", "fluency", "repeated", "concept words", "function words")
 
@@ -164,11 +166,26 @@ class AlignmentStudy:
                 work: Callable[[], dict[str, Any]] = lambda run=run: run_cell(run)  # noqa: E731
                 request.say(f"{name} seed {seed}")
                 result = cell_result(cell_folder(request.out, name, seed), run, work, request.say)
-                results += [] if result is None else [{"cell": name, **result}]
+                results += [] if result is None else [{"cell": name, **rolled_back(result)}]
         if not results:
             return request.written([], f"{request.name}: no cell is done yet")
         picture(results, request.out / f"{request.name}.png")
         return request.written(results, summary_of(results, f"{request.name}: {self.summary}"))
+
+
+def rolled_back(result: dict[str, Any]) -> dict[str, Any]:
+    """A cell's result with one way more, behind the aligned texts: those of them that do not read much worse, else the
+    standard ones. It costs the standard text as well; what the judge's reading costs is not counted."""
+    standard, aligned = (result["ways"][way] for way in ("standard", "aligned"))
+    bits = [np.asarray(way["fluency"], np.float64)[:, 0] for way in (standard, aligned)]
+    back = (bits[1] > (1 + MOST_LOSS) * bits[0]).tolist()
+    kept = {"flops": aligned["flops"] + standard["flops"]}
+    for name in ("reward", *MEASURES):
+        kept[name] = [one if at else two for one, two, at in zip(standard[name], aligned[name], back, strict=True)]
+    ways = {}
+    for name, way in result["ways"].items():
+        ways |= {name: way} | ({ROLLED_BACK: kept} if name == "aligned" else {})
+    return result | {"ways": ways, "share_rolled_back": float(np.mean(back))}
 
 
 def pooled(results: Sequence[dict[str, Any]], way: str, measure: str) -> BlockSums:
@@ -206,31 +223,36 @@ def summary_of(results: Sequence[dict[str, Any]], title: str) -> str:
             f"classifier's area under the curve {_average(own, 'classifier_area')}"
         )
         parts.append(table([*header, "function words %", "FLOPs"], rows))
-        parts += [verdict(own), by_concept(own)]
+        parts += [verdict(own, "aligned"), verdict(own, ROLLED_BACK), by_concept(own)]
     return "\n\n".join([*parts, "95 % intervals, bootstrap over prompts; gain in log-odds over the standard text"])
 
 
-def verdict(results: Sequence[dict[str, Any]]) -> str:
-    """Whether aligned is above best of S at equal FLOPs, and what it costs in fluency, in a sentence each."""
-    difference = against(results, "aligned", BEST)
+def verdict(results: Sequence[dict[str, Any]], way: str) -> str:
+    """Whether texts of changed weights are above best of S at equal FLOPs, and what fluency they cost, in a sentence each."""
+    difference = against(results, way, BEST)
     said = "do not differ from" if not difference.excludes_zero else "beat" if difference.estimate > 0 else "lose to"
     count = round(np.mean([result["texts_of_best"] for result in results]))
-    cost = fluency_cost(results, "aligned")
+    cost = fluency_cost(results, way)
+    words = "Weight updates"
+    if way == ROLLED_BACK:
+        share = np.mean([result["share_rolled_back"] for result in results])
+        words += f", undone where a text reads more than {MOST_LOSS:.0%} worse ({share:.0%} of them),"
     return (
-        f"Weight updates {said} the best of {count} texts at equal FLOPs: {interval_text(difference, 2)} by the classifier. "
+        f"{words} {said} the best of {count} texts at equal FLOPs: {interval_text(difference, 2)} by the classifier. "
         f"Fluency costs them {interval_text(_percent(cost), 1)} % more than the standard text."
     )
 
 
 def by_concept(results: Sequence[dict[str, Any]]) -> str:
-    """Aligned texts concept by concept: a mean over concepts can hide texts that read easily because they repeat themselves."""
+    """Concept by concept: a mean over concepts can hide texts that read easily because they repeat themselves."""
     rows = []
     for concept in dict.fromkeys(result["concept"] for result in results):
         own = [result for result in results if result["concept"] == concept]
-        gains = [interval_text(against(own, way, "standard"), 2) for way in ("aligned", BEST)]
-        shares = [fluency_cost(own, "aligned"), _interval(own, "aligned", "repeated")]
-        rows.append([concept, *gains, *(interval_text(_percent(share), 1) for share in shares)])
-    return table(["concept", "gain, aligned", f"gain, {BEST}", "fluency cost %", f"repeated {REPEATED}-grams %"], rows)
+        for way in ("aligned", ROLLED_BACK, BEST):
+            gain, cost = against(own, way, "standard"), fluency_cost(own, way)
+            shares = [cost, *(_interval(own, way, name) for name in ("repeated", "function words"))]
+            rows.append([concept, way, interval_text(gain, 2), *(interval_text(_percent(share), 1) for share in shares)])
+    return table(["concept", "text", "gain", "fluency cost %", f"repeated {REPEATED}-grams %", "function words %"], rows)
 
 
 def fluency_cost(results: Sequence[dict[str, Any]], way: str) -> Interval | None:
