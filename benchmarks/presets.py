@@ -1,6 +1,6 @@
 """A training step of a preset's language model, in tokens per second and as a share of this machine's matrix rate.
 
-    python -m benchmarks.presets hybrid-tiny wikitext2-tiny-hybrid                 # the table of docs/backbones.md
+    python -m benchmarks.presets wikitext2-tiny wikitext2-tiny-hybrid             # the table of docs/backbones.md
     python -m benchmarks.presets hybrid-107m hybrid-97m --token --rows 1           # as token models, one row a step
 
 Text is random tokens: nothing depends on what they say, and no data has to be prepared. Model, loss and length of a row are the
@@ -59,7 +59,7 @@ def measure(name: str, token: bool, rows: int, seconds: float, precision: str) -
     with jax.set_mesh(mesh):
         step = TrainStep(objective, dataclasses.replace(train, batch_size=rows).step_config(), mesh)
         leaves = step.init(jax.random.key(0))
-        tokens = np.random.default_rng(0).integers(3, objective.config.vocab_size, (rows, train.num_tokens), dtype=np.int32)
+        tokens = np.random.default_rng(0).integers(3, objective.model.vocab_size, (rows, train.num_tokens), dtype=np.int32)
         times, until = [], 0.0
         while len(times) < 5 or time.perf_counter() < until:
             began = time.perf_counter()
@@ -67,7 +67,7 @@ def measure(name: str, token: bool, rows: int, seconds: float, precision: str) -
             times.append(time.perf_counter() - began)
             until = until or time.perf_counter() + seconds
     rate = tokens.size / statistics.median(times[2:])
-    return objective.config.parameters(), rate, rate * objective.flops_per_token()
+    return objective.model.parameters(), rate, rate * objective.flops_per_token()
 
 
 def main() -> None:
