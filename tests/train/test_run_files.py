@@ -7,6 +7,8 @@ import os
 import pytest
 
 from calm.errors import CalmError, UsageError
+from calm.train import machine
+from calm.train.loop import settle_precision
 from calm.train.machine import MatrixRates, choose_precision, probe
 from calm.train.progress import Meter, Progress, Throughput, describe, short
 from calm.train.run_folder import RunFolder, best_step, first_difference, git_commit, out_of_space, read_records
@@ -87,6 +89,17 @@ def test_the_faster_precision_is_chosen_unless_one_is_asked_for():
     assert choose_precision("float32", MatrixRates(1.0, 9.0)) == "float32"
     with pytest.raises(UsageError, match="float16"):
         choose_precision("float16")
+
+
+def test_a_process_probes_once_however_many_runs_it_begins(monkeypatch, tmp_path):
+    probed = []
+    monkeypatch.setattr(machine, "probe", lambda: probed.append(1) or MatrixRates(1e9, 2e9))
+    machine.machine_rates.cache_clear()
+    try:
+        found = [settle_precision("auto", tmp_path / name) for name in ("one", "two")] + [choose_precision("auto")]
+    finally:
+        machine.machine_rates.cache_clear()  # what was planted is not this machine's
+    assert found == [("bfloat16", MatrixRates(1e9, 2e9))] * 2 + ["bfloat16"] and len(probed) == 1
 
 
 def test_the_probe_is_short_and_measures_both():
