@@ -168,10 +168,8 @@ def align(
     seconds = time.perf_counter() - began
     flops = writer.cost
     ways = [writer.way("standard", standard, flops.text), writer.way("aligned", aligned, flops.total)]
-    limit = writer.seal.config.brakes.max_loss
-    rolled_back = np.zeros(len(prompts), bool)
-    if limit is not None:
-        rolled_back = ways[1].fluency > (1 + limit) * ways[0].fluency
+    rolled_back = writer.seal.config.brakes.reads_too_badly(ways[1].fluency, ways[0].fluency)
+    if rolled_back.any():
         ways[1] = _rolled_back(ways[0], ways[1], rolled_back)
         rewired = _undone(rewired, rolled_back)
     if controls:

@@ -30,6 +30,7 @@ from calm.report.plots import COLOURS, _figure, _tidy
 from calm.report.quality import REPEATED
 from calm.report.tables import interval_text, table
 from calm.stages import validation_blocks
+from calm.ttt.brakes import Brakes
 from calm.ttt.concept import chunks_with, parse_words
 from calm.ttt.seal import Acted, SealConfig
 from calm.ttt.text_judge import TextJudge, fit_judge
@@ -178,7 +179,7 @@ def rolled_back(result: dict[str, Any]) -> dict[str, Any]:
     standard ones. It costs the standard text as well; what the judge's reading costs is not counted."""
     standard, aligned = (result["ways"][way] for way in ("standard", "aligned"))
     bits = [np.asarray(way["fluency"], np.float64)[:, 0] for way in (standard, aligned)]
-    back = (bits[1] > (1 + MOST_LOSS) * bits[0]).tolist()
+    back = Brakes(max_loss=MOST_LOSS).reads_too_badly(bits[1], bits[0]).tolist()
     kept = {"flops": aligned["flops"] + standard["flops"]}
     for name in ("reward", *MEASURES):
         kept[name] = [one if at else two for one, two, at in zip(standard[name], aligned[name], back, strict=True)]

@@ -12,7 +12,8 @@ import dataclasses
 import math
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+import numpy as np
+from jaxtyping import Array, Bool, Float
 
 from calm.errors import UsageError
 from calm.losses.energy_score import distance
@@ -45,6 +46,10 @@ class Brakes:
                 raise UsageError(f"brakes: {name} must be a number above 0, got {value}")
         if self.enough is not None and math.isnan(self.enough):
             raise UsageError("brakes: enough must be a number")
+
+    def reads_too_badly(self, aligned: Float[np.ndarray, "B"], standard: Float[np.ndarray, "B"]) -> Bool[np.ndarray, "B"]:
+        """Which texts give way to the standard ones, by how badly either reads (bits per byte, or an energy score)."""
+        return np.zeros(len(standard), bool) if self.max_loss is None else aligned > (1 + self.max_loss) * standard
 
 
 def drift(adapted: Float[Array, "S Z"], base: Float[Array, "S Z"]) -> Float[Array, ""]:
