@@ -21,8 +21,19 @@ WORDS = 267_735
 
 
 def vocabulary(tokenizer: str) -> int:
-    """Entries of the tokenizer that a preset is meant for."""
-    return WORDS if tokenizer == "words" else int(tokenizer.removeprefix("bpe:"))
+    """Entries of the tokenizer that a preset is meant for.
+
+    Raises:
+        UsageError: it is a file, whose size the preset does not say.
+    """
+    from calm.errors import UsageError
+
+    if tokenizer == "words":
+        return WORDS
+    kind, _, size = tokenizer.partition(":")
+    if kind != "bpe":
+        raise UsageError(f"a preset for the tokenizer {tokenizer!r} says no size of a vocabulary, so its step cannot be built")
+    return int(size)
 
 
 def objective_of(name: str, token: bool, precision: Any) -> tuple[Any, Any]:
@@ -78,11 +89,25 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=10.0, help="measured time of each preset")
     parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if not options.one:  # each in a process of its own, the machine's rate measured right before it
-        for name in options.presets:
-            words = [word for word in sys.argv[1:] if word not in options.presets]
-            subprocess.run([sys.executable, "-m", "benchmarks.presets", name, "--one", *words], check=True)
-        return
+    from calm.errors import CalmError
+
+    try:
+        return one(options) if options.one else each(options)
+    except CalmError as error:
+        parser.error(str(error))
+
+
+def each(options: argparse.Namespace) -> None:
+    """Each preset in a process of its own, the machine's rate measured right before it; the first that fails ends it."""
+    for name in options.presets:
+        words = ["--one", "--rows", str(options.rows), "--seconds", str(options.seconds), *["--token"] * options.token]
+        code = subprocess.run([sys.executable, "-m", "benchmarks.presets", name, *words]).returncode
+        if code:
+            sys.exit(code)
+
+
+def one(options: argparse.Namespace) -> None:
+    """Measures and prints."""
 
     from calm.train.machine import choose_precision, probe
 
