@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import ttt_models
 
-from calm.autoencoder import AutoencoderConfig
+from calm.core.autoencoder import AutoencoderConfig
 from calm.errors import UsageError
 from calm.text.tokenizer import load_tokenizer, train_words
 from calm.ttt.concept import chunks_with, concept_of_texts, concept_of_words, encoded, expected, parse_words

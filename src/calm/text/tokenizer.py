@@ -33,7 +33,7 @@ _ALSO = {BEGIN: "<|begin_of_text|>", END: "<|end_of_text|>"}
 KINDS = "bytes, bpe:SIZE, words, words:SIZE, a tokenizer.json or a tiktoken rank file"
 WORDS = "words"
 Level = Literal["byte", "subword", "word"]
-"""what a token is, which decides how a perplexity is to be read (`calm.metrics.perplexity`)"""
+"""what a token is, which decides how a perplexity is to be read (`calm.evaluate.perplexity`)"""
 
 # The split pattern of Llama 3 and cl100k; a rank file does not say its own.
 RANK_PATTERN = (
