@@ -2,8 +2,8 @@
 
 The router reads what CALM's backbone makes of the text and foretells how much worse CALM will do on the chunk that comes, by an
 error measured on training text (`calm.dual.router_training`). Above a threshold the token model writes. It is the
-latent-or-token router that the plans for a dual model announce; learning to defer to a second model is as old as Madras et al. 2018
-(arXiv:1711.06664), here as a regression of the difference, so that one router serves every threshold.
+latent-or-token router that the plans for a dual model announce; learning to defer to a second model is as old as Madras et al.
+2018 (arXiv:1711.06664), here as a regression of the difference, so that one router serves every threshold.
 """
 
 import dataclasses
