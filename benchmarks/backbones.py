@@ -23,9 +23,9 @@ def letters() -> None:
     import jax
     from flax import nnx
 
-    from calm.core.backbone import BackboneConfig
+    from calm.core.transformer import TransformerConfig
 
-    config = BackboneConfig(dim=256, num_layers=1)
+    config = TransformerConfig(dim=256, num_layers=1)
     print(f"context {CONTEXT}\n")
     print("| letter | parameters | FLOPs a position | state, numbers a row | rewindable |\n|---|---|---|---|---|")
     for letter in "ASCHG":
@@ -48,9 +48,7 @@ def gradients(seed: int) -> None:
     import jax.numpy as jnp
     from flax import nnx
 
-    from calm.core.backbone import BackboneConfig
-
-    config = BackboneConfig(dim=64, num_layers=4, num_heads=4, inner_dim=172, pattern="SHA", num_segments=2)
+    config = HybridConfig(dim=64, num_layers=4, num_heads=4, inner_dim=172, pattern="SHA", num_segments=2)
     keys = jax.random.split(jax.random.key(seed), 4)
     hidden, aim = (jax.random.normal(key, (4, 64, config.dim)) for key in keys[:2])
     model = nnx.jit(lambda: config.build(rngs=nnx.Rngs(seed)))()

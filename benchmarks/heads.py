@@ -17,8 +17,8 @@ import numpy as np
 import optax
 from flax import nnx
 
-from calm.core.posterior import Gaussian
-from calm.heads import HeadConfig
+from calm.core.gaussian import Gaussian
+from calm.core.head import HeadConfig
 from calm.heads.diffusion import DiffusionHeadConfig
 from calm.heads.flow import FlowHeadConfig
 from calm.heads.mixture import MixtureHeadConfig

@@ -39,9 +39,9 @@ def built(pattern: str) -> tuple[Any, Any]:
     """The configuration and a new model of it."""
     from flax import nnx
 
-    from calm.core.backbone import BackboneConfig
+    from calm.hybrid.backbone import HybridConfig
 
-    config = BackboneConfig(dim=64, num_layers=2, num_heads=4, num_kv_heads=4, inner_dim=172, pattern=pattern)
+    config = HybridConfig(dim=64, num_layers=2, num_heads=4, num_kv_heads=4, inner_dim=172, pattern=pattern)
     return config, nnx.jit(lambda: config.build(rngs=nnx.Rngs(0)))()
 
 

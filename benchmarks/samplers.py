@@ -57,9 +57,7 @@ def times(rows: int, candidates: int) -> list[dict[str, Any]]:
     from flax import nnx
 
     from calm.core.autoencoder import AutoencoderConfig
-    from calm.core.backbone import BackboneConfig
     from calm.core.counts import BestOfN, Filters
-    from calm.core.decoder import ScoringTable
     from calm.core.energy_head import EnergyHeadConfig
     from calm.core.exact import ExactTemperature
     from calm.core.latent_lm import LatentLMConfig
@@ -67,12 +65,14 @@ def times(rows: int, candidates: int) -> list[dict[str, Any]]:
     from calm.core.sampler import StepKeys
     from calm.core.steps import ModelSource
     from calm.core.temperature import BatchTemperature
+    from calm.core.transformer import TransformerConfig
+    from calm.core.vocabulary import ScoringTable
     from calm.text.chunking import NOTHING
     from calm.train.matrix_rate import choose_precision
 
     precision = choose_precision("auto")
     codec = AutoencoderConfig(vocab_size=8192, chunk_size=4, latent_dim=64, dim=128, inner_dim=320)
-    backbone = BackboneConfig(dim=256, num_layers=1, num_heads=4, num_kv_heads=4, inner_dim=688)
+    backbone = TransformerConfig(dim=256, num_layers=1, num_heads=4, num_kv_heads=4, inner_dim=688)
     lm = LatentLMConfig(vocab_size=8192, chunk_size=4, latent_dim=64, backbone=backbone, head=EnergyHeadConfig())
     predictor = NextVector(codec.build(rngs=nnx.Rngs(0), precision=precision), lm.build(rngs=nnx.Rngs(1), precision=precision))
     graph, params = nnx.split(predictor)

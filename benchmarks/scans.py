@@ -15,9 +15,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from calm.core.backbone import BackboneConfig
 from calm.core.dense import product
 from calm.core.mixer import Window
+from calm.hybrid.backbone import HybridConfig
 from calm.hybrid.scans import linear_scan, plain_selective_scan, selective_scan
 from calm.hybrid.state_space import SSMConfig
 
@@ -90,7 +90,7 @@ def rate_of(flops: int, spent: str, precision: str) -> str:
 def mixers(repeats: int) -> None:
     """One mixer of each letter alone."""
     print("\n| mixer | operands | values | and gradients | GFLOP/s | of a product's |\n|---|---|---|---|---|---|")
-    config, at = BackboneConfig(dim=D), Window(jnp.int32(0), jnp.zeros((B,), jnp.int32))
+    config, at = HybridConfig(dim=D), Window(jnp.int32(0), jnp.zeros((B,), jnp.int32))
     known = {letter: config.mixer(letter) for letter in "ACHGS"}
     known |= {f"S, X = {states}": SSMConfig(state_dim=states) for states in (16, 64)}
     for name, of_letter in known.items():
@@ -105,7 +105,7 @@ def hybrids(repeats: int) -> None:
     print("\n| pattern, 2 layers | operands | values | and gradients | GFLOP/s | of a product's |\n|---|---|---|---|---|---|")
     for pattern in ("A", "S", "SHA", "C,H"):
         for precision in ("float32", "bfloat16"):
-            config = BackboneConfig(dim=D, num_layers=2, pattern=pattern)
+            config = HybridConfig(dim=D, num_layers=2, pattern=pattern)
             graph, weights = nnx.split(config.build(rngs=nnx.Rngs(0), precision=precision))
             spent = trained(lambda w, x, graph=graph: nnx.merge(graph, w)(x)[0], (weights, normal(B, N, D)), repeats)
             print(f"| {pattern} | {precision} | {spent} | {rate_of(config.flops(N), spent, precision)} |", flush=True)

@@ -64,9 +64,9 @@ class Workload:
         from flax import nnx
 
         from calm.core.autoencoder import AutoencoderConfig
-        from calm.core.backbone import BackboneConfig
         from calm.core.energy_head import EnergyHeadConfig
         from calm.core.latent_lm import LatentLMConfig
+        from calm.core.transformer import TransformerConfig
 
         heads = size.dim // 64
         self.size, self.precision = size, precision
@@ -77,7 +77,7 @@ class Workload:
             vocab_size=VOCABULARY,
             chunk_size=4,
             latent_dim=size.latent_dim,
-            backbone=BackboneConfig(
+            backbone=TransformerConfig(
                 dim=size.dim, num_layers=size.layers, num_heads=heads, num_kv_heads=heads, inner_dim=size.inner_dim
             ),
             head=EnergyHeadConfig(num_blocks=size.head_blocks),
@@ -131,14 +131,11 @@ class Workload:
         return self._step(objective, 4)
 
     def _lm_step(self, *, auxiliary: bool, draws: bool) -> tuple[Callable[[], Any], int, float]:
-        from calm.core.objective import LatentLossConfig, LatentObjective
+        from calm.core.objective import EnergyTerm, LatentLossConfig, LatentObjective
+        from calm.heads.terms import AuxiliaryTerm
 
-        loss = LatentLossConfig(
-            num_samples=8,
-            num_draws=100,
-            auxiliary_weight=1.0 if auxiliary else 0.0,
-            fidelity="draws" if draws else "second_order",
-        )
+        energy = EnergyTerm(num_draws=100, fidelity="draws" if draws else "second_order")
+        loss = LatentLossConfig.of(energy, *([AuxiliaryTerm()] if auxiliary else []), num_samples=8)
         objective = LatentObjective(self.lm_config, loss, self.autoencoder, context=self.context, precision=self.precision)
         return self._step(objective, self.size.rows)
 
@@ -165,9 +162,8 @@ class Workload:
     def _generate(self, temperature: str, batch: int) -> tuple[Callable[[], Any], int, float]:
         import jax
 
-        from calm.core import generate
         from calm.core.choose import from_temperature
-        from calm.core.generate import SpecialIds
+        from calm.core.generate import SpecialIds, generate
         from calm.core.predictor import NextVector
         from calm.rng import row_keys
 

@@ -7,22 +7,24 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from calm.core.backbone import BackboneConfig
+from calm.core.transformer import TransformerConfig
+from calm.hybrid.backbone import HybridConfig
 from calm.hybrid.hopfield import HopfieldConfig
 from calm.hybrid.state_space import SSMConfig
 
 DIM = 8
 MEMORY = HopfieldConfig(memory="context", num_heads=2, refinements=(2, 1))
-SIZES = dict(dim=DIM, num_heads=2, num_kv_heads=1, inner_dim=12, hopfield=MEMORY, ssm=SSMConfig(state_dim=4, num_heads=2))
+SIZES = dict(dim=DIM, num_heads=2, num_kv_heads=1, inner_dim=12)
+MIXERS = {"H": MEMORY, "S": SSMConfig(state_dim=4, num_heads=2)}
 CONFIGS = {
-    "by turns": BackboneConfig(pattern="C,GH", num_layers=4, **SIZES),
-    "reasoner": BackboneConfig(pattern="SHA", num_layers=2, num_segments=2, **SIZES),
+    "by turns": HybridConfig(pattern="C,GH", num_layers=4, mixers=MIXERS, **SIZES),
+    "reasoner": HybridConfig(pattern="SHA", num_layers=2, num_segments=2, mixers=MIXERS, **SIZES),
 }
 EVERY = sorted(CONFIGS)
 
 
 @cache
-def built(config: BackboneConfig, precision: str = "float32"):
+def built(config: TransformerConfig, precision: str = "float32"):
     """The model of a configuration, without compiling an initialiser."""
     generator = np.random.default_rng(1)
     graphdef, weights = nnx.split(nnx.eval_shape(lambda: config.build(rngs=nnx.Rngs(0), precision=precision)))

@@ -7,11 +7,11 @@ import numpy as np
 from flax import nnx
 
 from calm.core.autoencoder import AutoencoderConfig
-from calm.core.backbone import BackboneConfig
 from calm.core.energy_head import EnergyHeadConfig
 from calm.core.generate import SpecialIds
 from calm.core.latent_lm import LatentLMConfig
 from calm.core.predictor import NextVector
+from calm.core.transformer import TransformerConfig
 from calm.decoders.context_decoder import ContextDecoderConfig
 from calm.token.model import TokenLM, TokenLMConfig
 from calm.token.sampler import SoftmaxSampler
@@ -20,7 +20,7 @@ from random_models import random_model
 V, K = 6, 3
 SPECIAL = SpecialIds(begin_id=0, end_id=V, mask_id=1)  # no end: rows go on to the limit
 MASK = np.where(np.isin(np.arange(V), [SPECIAL.begin_id, SPECIAL.mask_id]), -np.inf, 0.0)
-BACKBONE = BackboneConfig(dim=8, num_layers=1, num_heads=2, num_kv_heads=2, inner_dim=8)
+BACKBONE = TransformerConfig(dim=8, num_layers=1, num_heads=2, num_kv_heads=2, inner_dim=8)
 WRITERS = {
     "none": None,
     "both": ContextDecoderConfig(dim=8, inner_dim=8, num_layers=1, table_dim=6, window=2, recall=4),

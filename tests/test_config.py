@@ -1,6 +1,7 @@
 """The file layer: what is written reproduces the object; what is wrong is named."""
 
 import dataclasses
+import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -11,18 +12,27 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from calm import config
+from calm.core.head import HeadConfig
 from calm.errors import UsageError
+from calm.registry import PROVIDED, Registered
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Constant:
+class Schedule(Registered, family="schedule of the tests"):
     rate: float = 1e-3
 
 
+@Schedule.register("constant")
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Cosine:
-    rate: float = 1e-3
+class Constant(Schedule):
+    steps: int = 1
+
+
+@Schedule.register("cosine")
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Cosine(Schedule):
     floor: float = 0.1
+    steps: int = 2
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -49,7 +59,9 @@ class Run:
     resume: bool = True
     model: Model = Model()
     critic: Model | None = None
-    schedule: Constant | Cosine = Constant()
+    schedule: Schedule = Constant()
+    second: Schedule | None = None
+    every: dict[str, Schedule] = dataclasses.field(default_factory=lambda: config.FrozenDict(constant=Constant()))
     models: tuple[Model, ...] = ()
     weights: dict[str, float] = dataclasses.field(default_factory=dict)
 
@@ -83,6 +95,9 @@ runs = st.builds(
     schedule=st.builds(Constant, rate=numbers) | st.builds(Cosine, rate=numbers, floor=numbers),
     models=st.lists(models, max_size=2).map(tuple),
     weights=st.dictionaries(st.text(max_size=3), numbers, max_size=2),
+    every=st.dictionaries(st.sampled_from(["constant", "cosine", "x"]), st.builds(Cosine, rate=numbers), max_size=2).map(
+        config.FrozenDict
+    ),
 )
 
 
@@ -132,11 +147,13 @@ def test_files_may_share_the_required_keys(tmp_path):
         ("[model]\nprecision = 'bfloat61'", r"model.precision: expected one of .*did you mean 'bfloat16'"),
         ("[model]\nlayers = 0", "bad.toml: model: layers must be at least 1, got 0"),
         (
-            "[schedule]\nkind = 'Cosin'",
-            r"schedule.kind: expected one of 'Constant', 'Cosine', got 'Cosin' \(did you mean",
+            "[schedule]\nkind = 'cosin'",
+            r"schedule.kind: expected one of 'constant', 'cosine', got 'cosin' \(did you mean",
         ),
         ("[schedule]\nfloor = 1", "unknown key 'schedule.floor'"),
-        ("schema_version = 2", "bad.toml: schema_version is 2, and this version of calm reads 1"),
+        ("[second]\nfloor = 1", "key 'second.kind' is missing: one of 'constant', 'cosine'"),
+        ("[every.sine]\nrate = 1", "every.sine.kind: expected one of 'constant', 'cosine', got 'sine'"),
+        ("schema_version = 3", "bad.toml: schema_version is 3, and this version of calm reads 1 and 2"),
         ("steps = ", "bad.toml: not valid TOML"),
     ],
 )
@@ -156,12 +173,48 @@ def test_missing_and_binary_files_are_named(tmp_path):
         config.load(Run, [tmp_path / "binary.toml"])
 
 
-def test_a_kind_chooses_the_member_of_a_union():
-    run = config.from_dict(Run, {"schedule": {"kind": "Cosine", "floor": 0.2}})
+def test_a_kind_chooses_the_member_of_a_family():
+    run = config.from_dict(Run, {"schedule": {"kind": "cosine", "floor": 0.2}})
     assert run.schedule == Cosine(floor=0.2)
     assert config.from_dict(Run, {"schedule": {"floor": 0.3}}, run).schedule == Cosine(floor=0.3)
+    assert config.from_dict(Run, {"second": {"kind": "cosine"}}).second == Cosine()
     assert config.from_dict(Run, {"critic": {"layers": 2}}).critic == Model(layers=2)
     assert config.from_dict(Run, {"critic": "none"}, Run(critic=Model())).critic is None
+
+
+def test_names_of_classes_from_older_files_are_read():
+    assert config.from_dict(HeadConfig, {"kind": "EnergyHeadConfig", "num_blocks": 3}).kind == "energy"
+
+
+def test_another_member_keeps_what_both_inherit_and_nothing_else():
+    run = Run(schedule=Constant(rate=0.5, steps=7))
+    assert config.with_kind(run, "schedule", "cosine").schedule == Cosine(rate=0.5, steps=2)
+    with pytest.raises(UsageError, match="--schedule.kind: schedule.kind: expected one of"):
+        config.with_kind(run, "schedule", "linear")
+
+
+def test_a_table_of_members_is_changed_entry_by_entry():
+    run = config.from_dict(Run, {"every": {"cosine": {"floor": 0.3}}})
+    assert run.every == {"constant": Constant(), "cosine": Cosine(floor=0.3)}
+    assert config.to_dict(run)["every"]["cosine"] == {"rate": 1e-3, "floor": 0.3, "steps": 2}, "the key says the kind"
+    assert config.from_dict(Run, {"every": {"constant": "none"}}, run).every == {"cosine": Cosine(floor=0.3)}
+    renamed = {"every": {"late": {"kind": "cosine"}}}
+    assert config.from_dict(Run, config.to_dict(config.from_dict(Run, renamed))).every["late"] == Cosine()
+    assert hash(run.every) == hash(config.FrozenDict(run.every))
+
+
+def test_a_name_belongs_to_one_class():
+    with pytest.raises(ValueError, match="is registered already"):
+        Schedule.register("cosine")(Constant)
+    with pytest.raises(ValueError, match="comes with calm"):
+        HeadConfig.register("flow")(Constant)
+
+
+def test_every_provided_member_registers_under_its_name():
+    for family, members in PROVIDED.items():
+        for name, place in members.items():
+            module, _, attribute = place.partition(":")
+            assert getattr(importlib.import_module(module), attribute).kind == name, (family, name)
 
 
 def test_human_numbers():

@@ -6,28 +6,32 @@ file in turn, then the command line. Decoding is strict: a key that no dataclass
 and what it writes alone reproduces the object: `load(type(x), [file]) == x`.
 
     TOML has no null        None is written "none"
-    unions of dataclasses   the table carries `kind = "ClassName"`
-    human numbers           "30k", "2M", "15B" (thousands) and "64Ki" (1024s) stand for an int or a float
-    schema_version          1; a file that says another number is refused, a file without one is read
+    members of a family     the table carries `kind = "name"` (`calm.registry`); in a table of members whose key is their
+                            kind, it is left out
+    human numbers           "30k", "2M", "15B" (thousands) and "64Ki" (1024s) are read as an int or a float
+    tables of members       an entry that a file names is added to those below it, and "none" takes one out; a file with a
+                            schema_version, as `to_toml` writes it, holds the whole table
+    schema_version          2; version 1 is read by way of the class's `from_schema_1`, where it has one
 
 Nothing here imports jax.
 """
 
 import dataclasses
-import difflib
 import math
 import re
 import tomllib
 import types
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 import tomli_w
 
 from calm.errors import UsageError
+from calm.registry import Registered
+from calm.registry import suggestion as suggestion
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 NONE = "none"
 KIND = "kind"
 
@@ -38,13 +42,14 @@ _SUFFIXES |= {"t": 10**12, "T": 10**12, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30}
 _HUMAN_NUMBER = re.compile(r"([+-]?[\d_]*\.?\d[\d_]*(?:[eE][+-]?\d+)?)(Ki|Mi|Gi|[kKmMgGbBtT]?)")
 
 
+class FrozenDict(dict[str, Any]):
+    """A dictionary that a frozen configuration can hold: hashable, and not meant to be changed."""
+
+    def __hash__(self) -> int:  # type: ignore[override]
+        return hash(frozenset(self.items()))
+
+
 # -- words ------------------------------------------------------------------------------------------------------------
-
-
-def suggestion(word: str, options: Iterable[str]) -> str:
-    """` (did you mean 'layers'?)` for the option nearest to `word`, or the empty string when none is near."""
-    near = difflib.get_close_matches(word, list(options), n=1, cutoff=0.6)
-    return f" (did you mean {near[0]!r}?)" if near else ""
 
 
 def parse_human_float(text: str) -> float:
@@ -112,6 +117,11 @@ def to_dict(obj: object) -> dict[str, Any]:
     """Every field as plain str, int, float, bool, list and dict: what TOML and JSON can hold."""
     if not dataclasses.is_dataclass(obj) or isinstance(obj, type):
         raise TypeError(f"expected a dataclass object, got {obj!r}")
+    kind = {KIND: obj.kind} if isinstance(obj, Registered) and obj.kind else {}
+    return kind | _fields_to_dict(obj)
+
+
+def _fields_to_dict(obj: Any) -> dict[str, Any]:
     hints = get_type_hints(type(obj), include_extras=True)
     return {field.name: _encode(hints[field.name], getattr(obj, field.name)) for field in dataclasses.fields(obj) if field.init}
 
@@ -127,12 +137,24 @@ def from_dict(
             `UsageError`.
         where: the file (or other source) that errors name.
     """
-    return _decode_dataclass(cls, _without_version(mapping, where), default, where, "")
+    return _decode_dataclass(cls, _current(cls, mapping, where), default, _Source.of(where, mapping), "")
 
 
 def field_values(cls: type, mapping: Mapping[str, Any], where: str = "configuration") -> dict[str, Any]:
     """As `from_dict`, for a part of the fields: the decoded values of those that `mapping` names, and no object."""
-    return _decode_fields(cls, _without_version(mapping, where), None, where, "")
+    return _decode_fields(cls, _current(cls, mapping, where), None, _Source.of(where, mapping), "")
+
+
+class _Source(str):
+    """The name of what is decoded, for messages, and whether its tables of members are whole."""
+
+    whole: bool = False
+
+    @staticmethod
+    def of(where: str, mapping: Mapping[str, Any]) -> "_Source":
+        source = _Source(where)
+        source.whole = "schema_version" in mapping
+        return source
 
 
 # -- decoding ---------------------------------------------------------------------------------------------------------
@@ -141,13 +163,15 @@ def field_values(cls: type, mapping: Mapping[str, Any], where: str = "configurat
 def _decode_dataclass(cls: type[Config], mapping: Any, default: Config | None, where: str, path: str) -> Config:
     if not isinstance(mapping, Mapping):
         raise _mismatch(where, path, f"a table of {cls.__name__}", mapping)
+    if issubclass(cls, Registered):
+        cls, mapping = _member(cls, mapping, default, where, path)
     if default is not None and type(default) is not cls:
-        default = None
+        default = _in_common(cls, default)
     values = _decode_fields(cls, mapping, default, where, path)
     for field in dataclasses.fields(cast(Any, cls)):
         if field.name in values or not field.init:
             continue
-        if default is not None:
+        if hasattr(default, field.name):
             values[field.name] = getattr(default, field.name)
         elif _field_default(field) is dataclasses.MISSING:
             raise UsageError(f"{where}: key {_join(path, field.name)!r} is missing and has no default")
@@ -167,7 +191,7 @@ def _decode_fields(cls: type, mapping: Mapping[str, Any], default: Any, where: s
         if key not in fields:
             near = suggestion(_join(path, key), [_join(path, name) for name in fields])
             raise UsageError(f"{where}: unknown key {_join(path, key)!r}{near}")
-        below = getattr(default, key) if default is not None else _field_default(fields[key])
+        below = getattr(default, key) if hasattr(default, key) else _field_default(fields[key])
         values[key] = _decode(hints[key], value, below, where, _join(path, key))
     return values
 
@@ -194,8 +218,7 @@ def _decode(hint: Any, value: Any, default: Any, where: str, path: str, lenient:
     if origin in (tuple, list) and isinstance(value, list | tuple):
         return _decode_sequence(hint, origin, value, where, path)
     if origin is dict and isinstance(value, Mapping):
-        of = get_args(hint)[1]
-        return {str(key): _decode(of, item, None, where, _join(path, str(key))) for key, item in value.items()}
+        return _decode_table(get_args(hint)[1], value, default, where, path)
     decoded = _decode_scalar(hint, value, where, path, lenient)
     if decoded is not dataclasses.MISSING:
         return decoded
@@ -233,18 +256,62 @@ def _decode_sequence(hint: Any, origin: Any, value: Sequence[Any], where: str, p
     return origin(_decode(of[0], item, None, where, f"{path}[{i}]") for i, item in enumerate(value))
 
 
+def _decode_table(of: Any, value: Mapping[str, Any], default: Any, where: str, path: str) -> "FrozenDict":
+    """A table with free keys. One of members of a family keeps entries that the file does not name; "none" drops one."""
+    below = dict(default) if isinstance(default, Mapping) and not getattr(where, "whole", False) else {}
+    family = isinstance(of, type) and issubclass(of, Registered)
+    table = below.copy() if family else {}
+    for key, item in value.items():
+        if family and item == NONE:
+            table.pop(key, None)
+            continue
+        if family and isinstance(item, Mapping) and key not in below:
+            item = {KIND: key, **item}
+        table[str(key)] = _decode(of, item, below.get(key), where, _join(path, str(key)))
+    return FrozenDict(table)
+
+
+def _member(cls: Any, mapping: Mapping[str, Any], default: Any, where: str, path: str) -> tuple[Any, Mapping[str, Any]]:
+    """The member of a family that a table describes, and the table without its kind."""
+    kind = mapping.get(KIND) or (default.kind if isinstance(default, cls) else cls.kind)
+    if not kind:
+        raise UsageError(f"{where}: key {_join(path, KIND)!r} is missing: one of {', '.join(map(repr, cls.names()))}")
+    try:
+        member = cls.member(kind)
+    except UsageError as error:
+        raise UsageError(f"{where}: {_join(path, KIND)}: {error}") from error
+    if not issubclass(member, cls):
+        raise UsageError(f"{where}: {_join(path, KIND)}: {kind!r} is no {cls.__name__}")
+    return member, {key: item for key, item in mapping.items() if key != KIND}
+
+
+def _in_common(cls: type, default: Any) -> Any:
+    """The values of the fields that `cls` and the default of another class inherit from the same base."""
+    bases = [base for base in cls.__mro__ if dataclasses.is_dataclass(base) and isinstance(default, base)]
+    names = [field.name for field in dataclasses.fields(bases[0])] if bases else []
+    return types.SimpleNamespace(**{name: getattr(default, name) for name in names})
+
+
+def with_kind(root: Config, path: str, kind: str) -> Config:
+    """`root` with another member of the family at a dotted path; fields that both inherit from one base keep their values.
+
+    A path that ends in a key of a table of members adds that entry.
+
+    Raises:
+        UsageError: nothing at the path can be chosen by name, or there is no such name.
+    """
+    value: Any = {KIND: kind}
+    for name in reversed(path.split(".")):
+        value = {name: value}
+    return from_dict(type(root), value, root, where=f"--{path}.{KIND}")
+
+
 def _decode_union(members: tuple[Any, ...], value: Any, default: Any, where: str, path: str) -> Any:
-    tables = {member.__name__: member for member in members if dataclasses.is_dataclass(member)}
+    tables = [member for member in members if dataclasses.is_dataclass(member)]
     if isinstance(value, Mapping) and tables:
-        chosen = next(iter(tables)) if len(tables) == 1 else type(default).__name__
-        if KIND in value and (len(tables) > 1 or KIND not in get_type_hints(tables[chosen])):
-            chosen, value = value[KIND], {key: item for key, item in value.items() if key != KIND}
-        if chosen not in tables:
-            raise UsageError(
-                f"{where}: {_join(path, KIND)}: expected one of {', '.join(map(repr, tables))}, got {chosen!r}"
-                f"{suggestion(str(chosen), tables)}"
-            )
-        return _decode_dataclass(tables[chosen], value, default, where, path)
+        if len(tables) > 1:
+            raise TypeError(f"{path}: a configuration cannot choose between {tables}; make them a family (calm.registry)")
+        return _decode_dataclass(tables[0], value, default, where, path)
     if value == NONE and type(None) in members:
         return None
     for lenient in (False, True):
@@ -265,8 +332,7 @@ def _encode(hint: Any, value: Any) -> Any:
     if value is None:
         return NONE
     if dataclasses.is_dataclass(value):
-        tagged = origin in (Union, types.UnionType) and sum(map(dataclasses.is_dataclass, get_args(hint))) > 1
-        return ({KIND: type(value).__name__} if tagged else {}) | to_dict(value)
+        return to_dict(value)
     if isinstance(value, Path):
         return str(value)
     if isinstance(value, tuple | list):
@@ -275,18 +341,23 @@ def _encode(hint: Any, value: Any) -> Any:
         return [_encode(of[i] if ragged else of[0] if of else Any, item) for i, item in enumerate(value)]
     if isinstance(value, Mapping):
         of = get_args(hint)[1] if origin is dict else Any
-        return {str(key): _encode(of, item) for key, item in value.items()}
+        table = {str(key): _encode(of, item) for key, item in value.items()}
+        for key, item in value.items():
+            if isinstance(item, Registered) and item.kind == key:
+                del table[key][KIND]
+        return table
     if isinstance(value, bool | int | float | str):
         return value
     raise TypeError(f"a configuration cannot hold {value!r} of type {type(value).__name__}")
 
 
-def _without_version(mapping: Mapping[str, Any], where: str) -> dict[str, Any]:
+def _current(cls: Any, mapping: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """A file's table in the present schema, without its version."""
     rest = dict(mapping)
     version = rest.pop("schema_version", SCHEMA_VERSION)
-    if version != SCHEMA_VERSION:
-        raise UsageError(f"{where}: schema_version is {version!r}, and this version of calm reads {SCHEMA_VERSION}")
-    return rest
+    if version not in (1, SCHEMA_VERSION):
+        raise UsageError(f"{where}: schema_version is {version!r}, and this version of calm reads 1 and {SCHEMA_VERSION}")
+    return cls.from_schema_1(rest) if version == 1 and hasattr(cls, "from_schema_1") else rest
 
 
 # -- small helpers ----------------------------------------------------------------------------------------------------

@@ -98,7 +98,9 @@ def test_data_that_is_missing_or_too_short_is_refused(tiny_runs, tmp_path):
 def test_another_configuration_does_not_go_into_a_run_folder(tiny_runs, tmp_path):
     shutil.copytree(tiny_runs / "lm", tmp_path / "lm")
     before = (tmp_path / "lm" / "metrics.jsonl").read_bytes()
-    fails(2, "loss.alpha", str(tmp_path / "lm"), words=train_lm(tiny_runs, tmp_path / "lm", "--loss.alpha", "1.5"))
+    fails(
+        2, "energy.alpha", str(tmp_path / "lm"), words=train_lm(tiny_runs, tmp_path / "lm", "--loss.terms.energy.alpha", "1.5")
+    )
     assert (tmp_path / "lm" / "metrics.jsonl").read_bytes() == before
     fails(2, str(tmp_path / "lm"), words=train_lm(tiny_runs, tmp_path / "lm", "--resume", "never"))
 

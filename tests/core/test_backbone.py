@@ -6,12 +6,12 @@ import jax
 import numpy as np
 import pytest
 
-from calm.core.backbone import BackboneConfig
 from calm.core.dense import PRECISIONS
+from calm.core.transformer import TransformerConfig
 from calm.errors import UsageError
 from random_models import normal, random_model
 
-CONFIG = BackboneConfig(dim=16, num_layers=2, num_heads=4, num_kv_heads=2, inner_dim=24)
+CONFIG = TransformerConfig(dim=16, num_layers=2, num_heads=4, num_kv_heads=2, inner_dim=24)
 BATCH, LENGTH = 2, 6
 HIDDEN = normal(BATCH, LENGTH, CONFIG.dim)
 

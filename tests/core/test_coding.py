@@ -9,8 +9,8 @@ import pytest
 from flax import nnx
 
 from calm.core.autoencoder import AutoencoderConfig
-from calm.core.decoder import ARGMAX_GROUP, ARGMAX_ROWS, best_token
 from calm.core.dense import PRECISIONS, operand
+from calm.core.vocabulary import ARGMAX_GROUP, ARGMAX_ROWS, best_token
 from calm.errors import UsageError
 from jaxpr_flops import matmul_flops
 from random_models import normal, random_model

@@ -16,7 +16,7 @@ from calm.core.energy_score import (
     fidelity_shared_draws,
     plain_energy_loss,
 )
-from calm.core.posterior import Gaussian
+from calm.core.gaussian import Gaussian
 from calm.errors import UsageError
 from random_models import normal
 

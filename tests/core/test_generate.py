@@ -6,17 +6,17 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from calm.core import generate
 from calm.core.autoencoder import Autoencoder, AutoencoderConfig
-from calm.core.backbone import BackboneConfig
+from calm.core.chunk_decoder import recent_tokens
 from calm.core.energy_head import EnergyHeadConfig
-from calm.core.generate import Generated, SpecialIds, stream
+from calm.core.generate import Generated, SpecialIds, generate, stream
 from calm.core.latent_lm import LatentLM, LatentLMConfig
 from calm.core.predictor import NextVector
 from calm.core.sampler import PlainSampler
 from calm.core.temperature import BatchTemperature
+from calm.core.transformer import TransformerConfig
 from calm.core.unrolled import Unrolled, unrolled, unstack
-from calm.decoders.context_decoder import ContextDecoderConfig, recent_tokens
+from calm.decoders.context_decoder import ContextDecoderConfig
 from calm.errors import UsageError
 from calm.rng import row_keys
 from calm.rng import stream as random_stream
@@ -45,7 +45,7 @@ def with_numbers(config, precision):
 
 def build(precision="float32", context_decoder=None) -> tuple[Autoencoder, LatentLM]:
     codec = AutoencoderConfig(vocab_size=V, chunk_size=K, latent_dim=4, dim=8, inner_dim=16)
-    backbone = BackboneConfig(dim=16, num_layers=2, num_heads=4, num_kv_heads=2, inner_dim=24)
+    backbone = TransformerConfig(dim=16, num_layers=2, num_heads=4, num_kv_heads=2, inner_dim=24)
     head = EnergyHeadConfig(num_blocks=2, noise_dim=4)
     sizes = dict(vocab_size=V, chunk_size=K, latent_dim=4)
     config = LatentLMConfig(**sizes, backbone=backbone, head=head, context_decoder=context_decoder)

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from calm.core.backbone import BackboneConfig
 from calm.core.energy_head import EnergyHeadConfig
 from calm.core.latent_lm import LatentLMConfig
+from calm.core.transformer import TransformerConfig
 from calm.errors import UsageError
 from jaxpr_flops import matmul_flops
 from random_models import random_model
@@ -22,7 +22,7 @@ CONFIG = LatentLMConfig(
     vocab_size=13,
     chunk_size=2,
     latent_dim=5,
-    backbone=BackboneConfig(dim=8, num_layers=2, num_heads=2, num_kv_heads=1, inner_dim=12),
+    backbone=TransformerConfig(dim=8, num_layers=2, num_heads=2, num_kv_heads=1, inner_dim=12),
     head=EnergyHeadConfig(num_blocks=1, noise_dim=4),
 )
 CHUNKS = np.random.default_rng(0).integers(0, 13, (2, 6, 2)).astype(np.int32)
@@ -63,7 +63,7 @@ def test_published_sizes(dim, inner_dim, millions):
         vocab_size=128_257,
         chunk_size=4,
         latent_dim=128,
-        backbone=BackboneConfig(dim=dim, num_layers=16, num_heads=16, num_kv_heads=16, inner_dim=inner_dim),
+        backbone=TransformerConfig(dim=dim, num_layers=16, num_heads=16, num_kv_heads=16, inner_dim=inner_dim),
         head=EnergyHeadConfig(num_blocks=4, noise_dim=64),
     )
     assert config.parameters() == pytest.approx(millions * 1e6, rel=0.03)
@@ -95,10 +95,10 @@ from calm.autoencoder import AutoencoderConfig
 from calm.heads import EnergyHeadConfig
 from calm.losses import energy_loss
 from calm.models import LatentLMConfig
-from calm.nn import BackboneConfig
+from calm.nn import TransformerConfig
 
 sizes = dict(vocab_size=13, chunk_size=2, latent_dim=5)
-backbone = BackboneConfig(dim=8, num_layers=2, num_heads=2, num_kv_heads=1, inner_dim=12)
+backbone = TransformerConfig(dim=8, num_layers=2, num_heads=2, num_kv_heads=1, inner_dim=12)
 configs = AutoencoderConfig(dim=4, inner_dim=6, **sizes), LatentLMConfig(backbone=backbone, head=EnergyHeadConfig(), **sizes)
 graphdefs = [nnx.graphdef(nnx.eval_shape(lambda c=c: c.build(rngs=nnx.Rngs(0)))) for c in configs]
 generator = np.random.default_rng(0)

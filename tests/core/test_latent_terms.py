@@ -9,12 +9,15 @@ import pytest
 from flax import nnx
 
 from calm.core.autoencoder import AutoencoderConfig
-from calm.core.backbone import BackboneConfig
 from calm.core.energy_head import EnergyHeadConfig
 from calm.core.latent_lm import LatentLMConfig
-from calm.core.objective import LatentLossConfig, LatentObjective, log_mean_nats, slot_energy
+from calm.core.objective import LatentObjective
+from calm.core.transformer import TransformerConfig
 from calm.decoders.context_decoder import ContextDecoderConfig
+from calm.decoders.likelihood import log_mean_nats
 from calm.errors import UsageError
+from calm.heads.slot_energy import slot_energy
+from loss_terms import loss as loss_of
 from random_models import normal, random_model
 
 V, K, Z = 24, 2, 6
@@ -27,11 +30,11 @@ def objective(writer: ContextDecoderConfig | None = None, **terms: object) -> La
         vocab_size=V,
         chunk_size=K,
         latent_dim=Z,
-        backbone=BackboneConfig(dim=16, num_layers=1, num_heads=2, num_kv_heads=1, inner_dim=24),
+        backbone=TransformerConfig(dim=16, num_layers=1, num_heads=2, num_kv_heads=1, inner_dim=24),
         head=EnergyHeadConfig(num_blocks=1, noise_dim=4),
         context_decoder=writer,
     )
-    return LatentObjective(lm, LatentLossConfig(num_samples=4, **terms), random_model(CODEC), context=8)
+    return LatentObjective(lm, loss_of(num_samples=4, **terms), random_model(CODEC), context=8)
 
 
 def test_the_log_mean_likelihood_and_its_gradients_are_the_plain_formula():

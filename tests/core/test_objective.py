@@ -13,20 +13,21 @@ import pytest
 from flax import nnx
 
 from calm.core.autoencoder import AutoencoderConfig
-from calm.core.backbone import BackboneConfig
 from calm.core.cross_entropy import plain_cross_entropy
 from calm.core.energy_head import EnergyHeadConfig
 from calm.core.latent_lm import LatentLMConfig
 from calm.core.objective import AutoencoderLossConfig, AutoencoderObjective, LatentLossConfig, LatentObjective
+from calm.core.transformer import TransformerConfig
 from calm.errors import UsageError
 from calm.rng import stream
+from loss_terms import loss as loss_of
 
 SMALL = AutoencoderConfig(vocab_size=24, chunk_size=2, latent_dim=6, dim=8, inner_dim=12)
 LM = LatentLMConfig(
     vocab_size=24,
     chunk_size=2,
     latent_dim=6,
-    backbone=BackboneConfig(dim=16, num_layers=2, num_heads=2, num_kv_heads=1, inner_dim=24),
+    backbone=TransformerConfig(dim=16, num_layers=2, num_heads=2, num_kv_heads=1, inner_dim=24),
     head=EnergyHeadConfig(num_blocks=1, noise_dim=4),
 )
 TOKENS = jnp.asarray(np.random.default_rng(0).integers(3, 24, (4, 16)), jnp.int32)
@@ -34,7 +35,7 @@ MASK = 2
 
 
 def latent_objective(**terms: object) -> LatentObjective:
-    return LatentObjective(LM, LatentLossConfig(num_samples=3, **terms), SMALL.build(rngs=nnx.Rngs(1)), context=8)
+    return LatentObjective(LM, loss_of(num_samples=3, **terms), SMALL.build(rngs=nnx.Rngs(1)), context=8)
 
 
 def test_without_regularisers_the_autoencoder_loss_is_its_definition():
@@ -128,7 +129,7 @@ def test_sizes_that_do_not_fit_are_refused():
 )
 def test_bad_terms_are_refused(bad: dict):
     with pytest.raises(UsageError, match=next(iter(bad)).split("_")[0]):
-        LatentLossConfig(**bad)
+        loss_of(**bad)
 
 
 @pytest.mark.parametrize("name", ["token_dropout", "latent_dropout", "random_chunks"])

@@ -6,17 +6,16 @@ import jax
 import numpy as np
 import pytest
 
-from calm.core import generate
 from calm.core.autoencoder import AutoencoderConfig
-from calm.core.backbone import BackboneConfig
 from calm.core.counts import BestOfN
 from calm.core.energy_head import EnergyHeadConfig
 from calm.core.exact import ExactTemperature
-from calm.core.generate import SpecialIds, stream
+from calm.core.generate import SpecialIds, generate, stream
 from calm.core.latent_lm import LatentLMConfig
 from calm.core.predictor import NextVector
 from calm.core.sampler import OutOfDraws
 from calm.core.temperature import BatchTemperature
+from calm.core.transformer import TransformerConfig
 from calm.errors import UsageError
 from calm.rng import row_keys
 from random_models import random_model
@@ -29,7 +28,7 @@ PROMPTS = [np.array([], np.int32), np.array([1, 2, 3]), np.array([4, 4, 4, 4])]
 @pytest.fixture(scope="module")
 def predictor():
     codec = AutoencoderConfig(vocab_size=V, chunk_size=K, latent_dim=4, dim=8, inner_dim=16)
-    backbone = BackboneConfig(dim=16, num_layers=1, num_heads=2, num_kv_heads=2, inner_dim=16)
+    backbone = TransformerConfig(dim=16, num_layers=1, num_heads=2, num_kv_heads=2, inner_dim=16)
     head = EnergyHeadConfig(num_blocks=1, noise_dim=4)
     lm = LatentLMConfig(vocab_size=V, chunk_size=K, latent_dim=4, backbone=backbone, head=head)
     return NextVector(random_model(codec), random_model(lm, seed=1))

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import scipy.stats
 
-from calm.core.posterior import Gaussian
+from calm.core.gaussian import Gaussian
 
 POSTERIOR = Gaussian(jnp.asarray([0.0, 1.5, -2.0]), jnp.asarray(np.log([1.0, 0.3, 2.0])))
 

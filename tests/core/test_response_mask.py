@@ -6,16 +6,17 @@ import numpy as np
 import pytest
 
 from calm.core.autoencoder import AutoencoderConfig
-from calm.core.backbone import BackboneConfig
 from calm.core.energy_head import EnergyHeadConfig
 from calm.core.latent_lm import LatentLMConfig
-from calm.core.objective import LatentLossConfig, LatentObjective
+from calm.core.objective import LatentObjective
 from calm.core.response_mask import split_mask, target_weights
+from calm.core.transformer import TransformerConfig
 from calm.token.model import TokenLMConfig
 from calm.token.objective import TokenObjective
+from loss_terms import loss as loss_of
 from random_models import random_model
 
-BACKBONE = BackboneConfig(dim=8, num_layers=1, num_heads=1, num_kv_heads=1, inner_dim=8)
+BACKBONE = TransformerConfig(dim=8, num_layers=1, num_heads=1, num_kv_heads=1, inner_dim=8)
 CODEC = AutoencoderConfig(vocab_size=24, chunk_size=2, latent_dim=6, dim=8, inner_dim=12)
 LATENT = LatentLMConfig(
     vocab_size=24, chunk_size=2, latent_dim=6, backbone=BACKBONE, head=EnergyHeadConfig(num_blocks=1, noise_dim=4)
@@ -29,7 +30,7 @@ def objectives():
     terms = dict(auxiliary_weight=0.5, anchor_weight=0.1, likelihood_weight=0.3, likelihood_samples=2, slot_energy_weight=0.2)
     return {
         "token": TokenObjective(TokenLMConfig(vocab_size=24, backbone=BACKBONE), context=12),
-        "latent": LatentObjective(LATENT, LatentLossConfig(num_samples=3, **terms), random_model(CODEC), context=6),
+        "latent": LatentObjective(LATENT, loss_of(num_samples=3, **terms), random_model(CODEC), context=6),
     }
 
 

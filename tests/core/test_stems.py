@@ -6,17 +6,17 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from calm.core import generate
 from calm.core.autoencoder import AutoencoderConfig
-from calm.core.backbone import BackboneConfig
-from calm.core.generate import SpecialIds
+from calm.core.generate import SpecialIds, generate
 from calm.core.latent_lm import LatentLMConfig
-from calm.core.objective import LatentLossConfig, LatentObjective
+from calm.core.objective import LatentObjective
 from calm.core.predictor import NextVector
+from calm.core.transformer import TransformerConfig
 from calm.errors import UsageError
 from calm.heads.flow import FlowHeadConfig
 from calm.rng import row_keys
 from jaxpr_flops import matmul_flops
+from loss_terms import loss as loss_of
 from random_models import random_model
 
 SIZES = dict(vocab_size=13, chunk_size=2, latent_dim=5)
@@ -25,7 +25,7 @@ CHUNKS = np.random.default_rng(0).integers(0, 13, (2, 6, 2)).astype(np.int32)
 
 
 def config(stem: str) -> LatentLMConfig:
-    backbone = BackboneConfig(dim=8, num_layers=1, num_heads=2, num_kv_heads=1, inner_dim=12)
+    backbone = TransformerConfig(dim=8, num_layers=1, num_heads=2, num_kv_heads=1, inner_dim=12)
     return LatentLMConfig(stem=stem, backbone=backbone, head=FlowHeadConfig(num_blocks=1, num_steps=2), **SIZES)
 
 
@@ -64,7 +64,7 @@ def test_the_past_does_not_see_the_future_and_generation_reads_what_training_rea
 
 @pytest.mark.parametrize("stem", ["continuous", "both"])
 def test_it_trains_every_weight_and_generates(stem, autoencoder):
-    objective = LatentObjective(config(stem), LatentLossConfig(energy_weight=0.0), autoencoder, context=6)
+    objective = LatentObjective(config(stem), loss_of(energy_weight=0.0), autoencoder, context=6)
     lm = random_model(config(stem))
     params = {"lm": nnx.state(lm)}
     tokens = jnp.asarray(CHUNKS.reshape(2, -1))

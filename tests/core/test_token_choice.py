@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from calm.core.decoder import ARGMAX_ROWS, ScoringTable, best_token, draw_token
+from calm.core.vocabulary import ARGMAX_ROWS, ScoringTable, best_token, draw_token
 
 
 def example(rows: int, vocab_size: int) -> tuple[jax.Array, jax.Array]:

@@ -9,12 +9,13 @@ import pytest
 from flax import nnx
 
 from calm.core.autoencoder import AutoencoderConfig
-from calm.core.backbone import BackboneConfig
-from calm.core.decoder import ScoringTable
+from calm.core.chunk_decoder import recent_tokens
 from calm.core.energy_head import EnergyHeadConfig
 from calm.core.latent_lm import LatentLMConfig
 from calm.core.predictor import NextVector, sample_chunks
-from calm.decoders.context_decoder import ContextDecoder, ContextDecoderConfig, recent_tokens
+from calm.core.transformer import TransformerConfig
+from calm.core.vocabulary import ScoringTable
+from calm.decoders.context_decoder import ContextDecoder, ContextDecoderConfig
 from calm.errors import UsageError
 from calm.text.chunking import NOTHING
 from jaxpr_flops import matmul_flops
@@ -124,7 +125,7 @@ def test_the_predictor_writes_by_the_context_decoder(use_latent):
         vocab_size=40,
         chunk_size=K,
         latent_dim=Z,
-        backbone=BackboneConfig(dim=D, num_layers=1, num_heads=2, num_kv_heads=1, inner_dim=12),
+        backbone=TransformerConfig(dim=D, num_layers=1, num_heads=2, num_kv_heads=1, inner_dim=12),
         head=EnergyHeadConfig(num_blocks=1, noise_dim=3),
         context_decoder=dataclasses.replace(CONFIG, use_latent=use_latent),
     )

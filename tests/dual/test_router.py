@@ -7,12 +7,13 @@ import pytest
 from flax import nnx
 
 from calm.core.autoencoder import AutoencoderConfig
-from calm.core.backbone import BackboneConfig
 from calm.core.brier_lm import TextProtocol
+from calm.core.chunk_decoder import recent_tokens
 from calm.core.energy_head import EnergyHeadConfig
 from calm.core.latent_lm import LatentLMConfig
 from calm.core.predictor import NextVector
-from calm.decoders.context_decoder import ContextDecoderConfig, recent_tokens
+from calm.core.transformer import TransformerConfig
+from calm.decoders.context_decoder import ContextDecoderConfig
 from calm.dual.router_training import ChunkScores, RouterTraining, measure_routing, score_chunks, thresholds, train_router
 from calm.errors import UsageError
 from calm.evaluate.brier import evaluate_predictor
@@ -20,7 +21,7 @@ from calm.token.model import TokenLMConfig
 from random_models import random_model
 
 V, K, DIM = 6, 3, 8
-BACKBONE = BackboneConfig(dim=DIM, num_layers=1, num_heads=2, num_kv_heads=2, inner_dim=8)
+BACKBONE = TransformerConfig(dim=DIM, num_layers=1, num_heads=2, num_kv_heads=2, inner_dim=8)
 TEXT = TextProtocol(dataset="planted", sha256="-", split="valid", tokenizer="-", block_tokens=24, chunk_size=K)
 
 

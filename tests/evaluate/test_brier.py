@@ -7,12 +7,13 @@ import pytest
 from flax import nnx
 
 from calm.core.autoencoder import AutoencoderConfig
-from calm.core.backbone import BackboneConfig
 from calm.core.brier_lm import brier_argmax
+from calm.core.chunk_decoder import recent_tokens
 from calm.core.energy_head import EnergyHeadConfig
 from calm.core.latent_lm import LatentLMConfig
 from calm.core.predictor import NextVector
-from calm.decoders.context_decoder import ContextDecoderConfig, recent_tokens
+from calm.core.transformer import TransformerConfig
+from calm.decoders.context_decoder import ContextDecoderConfig
 from calm.errors import UsageError
 from calm.evaluate.blocks import evaluate_world, score_ngram
 from calm.evaluate.boundaries import boundaries, phases_of
@@ -154,7 +155,7 @@ def agree(found, expected):
 
 
 def test_a_real_token_model_by_its_probabilities_is_the_one_that_is_sampled():
-    backbone = BackboneConfig(dim=16, num_layers=1, num_heads=2, num_kv_heads=1, inner_dim=16)
+    backbone = TransformerConfig(dim=16, num_layers=1, num_heads=2, num_kv_heads=1, inner_dim=16)
     model = TokenLMConfig(vocab_size=6, backbone=backbone, init_std=0.7).build(rngs=nnx.Rngs(0))
     block = np.random.default_rng(0).integers(0, 6, 8)
     known = repeated(model, block, 200, num_samples=4).scores.total
@@ -166,7 +167,7 @@ def test_a_real_token_model_by_its_probabilities_is_the_one_that_is_sampled():
 def next_vector(chunk_size, context_decoder=None):
     sizes = dict(vocab_size=6, chunk_size=chunk_size, latent_dim=4)
     autoencoder = AutoencoderConfig(**sizes, dim=16, inner_dim=16, embedding_std=1.0).build(rngs=nnx.Rngs(0))
-    backbone = BackboneConfig(dim=16, num_layers=1, num_heads=2, num_kv_heads=1, inner_dim=16)
+    backbone = TransformerConfig(dim=16, num_layers=1, num_heads=2, num_kv_heads=1, inner_dim=16)
     head = EnergyHeadConfig(num_blocks=1, noise_dim=4)
     config = LatentLMConfig(**sizes, backbone=backbone, head=head, context_decoder=context_decoder)
     lm = config.build(rngs=nnx.Rngs(1))

@@ -10,9 +10,9 @@ import pytest
 from flax import nnx
 
 from calm.core.brier_lm import TextProtocol
+from calm.core.gaussian import Gaussian
 from calm.core.generate import SpecialIds
 from calm.core.intervals import Interval
-from calm.core.posterior import Gaussian
 from calm.core.predictor import NextVector, Noise
 from calm.errors import UsageError
 from calm.evaluate.diagnose import DiagnoseOptions, diagnose

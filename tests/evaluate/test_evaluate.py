@@ -11,11 +11,11 @@ import pytest
 from flax import nnx
 
 from calm.core.autoencoder import AutoencoderConfig
-from calm.core.backbone import BackboneConfig
 from calm.core.brier_lm import TextProtocol, brier_argmax, brier_drawn
 from calm.core.energy_head import EnergyHeadConfig
 from calm.core.latent_lm import LatentLMConfig
 from calm.core.predictor import NextVector
+from calm.core.transformer import TransformerConfig
 from calm.errors import UsageError
 from calm.evaluate.blocks import evaluate_autoencoder, evaluate_ngrams, score_ngram
 from calm.evaluate.brier import evaluate_predictor
@@ -45,7 +45,7 @@ class ArraySplit:
 def build(chunk_size: int = CHUNK, fresh: bool = False):
     sizes = dict(vocab_size=VOCABULARY, chunk_size=chunk_size, latent_dim=6)
     autoencoder = AutoencoderConfig(**sizes, dim=16, inner_dim=16, embedding_std=1.0).build(rngs=nnx.Rngs(0))
-    backbone = BackboneConfig(dim=16, num_layers=1, num_heads=2, num_kv_heads=1, inner_dim=16)
+    backbone = TransformerConfig(dim=16, num_layers=1, num_heads=2, num_kv_heads=1, inner_dim=16)
     head = EnergyHeadConfig(num_blocks=1, noise_dim=4)
     lm = LatentLMConfig(**sizes, backbone=backbone, head=head).build(rngs=nnx.Rngs(1))
     if not fresh:  # a new head gives every sample the same latent; let noise and context matter

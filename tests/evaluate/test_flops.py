@@ -9,15 +9,17 @@ import pytest
 from flax import nnx
 
 from calm.core.autoencoder import AutoencoderConfig
-from calm.core.backbone import BackboneConfig
 from calm.core.energy_head import EnergyHeadConfig
 from calm.core.latent_lm import LatentLMConfig
 from calm.core.objective import AutoencoderObjective, LatentLossConfig, LatentObjective
 from calm.core.predictor import NextVector
+from calm.core.transformer import TransformerConfig
 from calm.evaluate.flops import CodecCost, NextVectorCost, Training, flops_line, next_vector_inference
+from calm.hybrid.backbone import HybridConfig
 from calm.runs import presets
 from calm.token.model import TokenLMConfig
 from calm.token.objective import TokenObjective
+from loss_terms import loss as loss_of
 
 LLAMA_3 = 128_257
 # CALM, arXiv:2510.27688: parameters without the autoencoder, FLOPs per generated token, FLOPs of training.
@@ -41,7 +43,7 @@ def test_the_published_models_cost_what_the_paper_says(name):
 
 
 CODEC = AutoencoderConfig(vocab_size=512, chunk_size=4, latent_dim=32, dim=128, inner_dim=320)
-BACKBONE = BackboneConfig(dim=64, num_layers=4, num_heads=2, num_kv_heads=2, inner_dim=176)
+BACKBONE = TransformerConfig(dim=64, num_layers=4, num_heads=2, num_kv_heads=2, inner_dim=176)
 LM = LatentLMConfig(vocab_size=512, chunk_size=4, latent_dim=32, backbone=BACKBONE, head=EnergyHeadConfig(num_blocks=2))
 ROWS, CHUNKS = 4, 32  # 512 tokens: one block of rows where losses go over the vocabulary in blocks
 
@@ -69,7 +71,7 @@ def test_xla_counts_the_same_in_generation():
     assert counted_by_xla(step, codec, lm, chunks) == pytest.approx(ours, rel=0.1)
 
 
-@pytest.mark.parametrize("loss", [LatentLossConfig(), LatentLossConfig(auxiliary_weight=1.0)])
+@pytest.mark.parametrize("loss", [LatentLossConfig(), loss_of(auxiliary_weight=1.0)])
 def test_xla_counts_the_same_in_training(loss):
     objective = LatentObjective(LM, loss, nnx.eval_shape(lambda: CODEC.build(rngs=nnx.Rngs(0))), context=CHUNKS)
     params = jax.eval_shape(objective.init, jax.random.key(0))
@@ -82,7 +84,7 @@ def test_xla_counts_the_same_in_training(loss):
 @pytest.mark.parametrize("gradient", ["one_step", "full"])
 def test_xla_counts_the_same_of_a_reasoner(gradient):
     """Under the one-step gradient the first segments have no backward pass."""
-    backbone = BackboneConfig(dim=256, num_layers=2, pattern="HA", num_segments=3, reasoner_gradient=gradient)
+    backbone = HybridConfig(dim=256, num_layers=2, pattern="HA", num_segments=3, reasoner_gradient=gradient)
     objective = TokenObjective(TokenLMConfig(vocab_size=512, backbone=backbone), context=64)
     params = jax.eval_shape(objective.init, jax.random.key(0))
     tokens = jax.ShapeDtypeStruct((ROWS, 65), jnp.int32)

@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 from calm.core.autoencoder import AutoencoderConfig
-from calm.core.posterior import Gaussian
+from calm.core.gaussian import Gaussian
 from calm.errors import UsageError
 from calm.evaluate.geometry import covariance, effective_rank, participation_ratio
 from calm.evaluate.inspect import inspect_autoencoder

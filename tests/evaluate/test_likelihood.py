@@ -7,12 +7,13 @@ import pytest
 from flax import nnx
 
 from calm.core.autoencoder import AutoencoderConfig
-from calm.core.backbone import BackboneConfig
 from calm.core.brier_lm import TextProtocol
+from calm.core.chunk_decoder import recent_tokens
+from calm.core.gaussian import Gaussian
 from calm.core.latent_lm import LatentLMConfig
-from calm.core.posterior import Gaussian
 from calm.core.predictor import NextVector, Noise
-from calm.decoders.context_decoder import ContextDecoderConfig, recent_tokens
+from calm.core.transformer import TransformerConfig
+from calm.decoders.context_decoder import ContextDecoderConfig
 from calm.errors import UsageError
 from calm.evaluate.likelihood import LatentPredictor, evaluate_likelihood
 from calm.evaluate.ngram import Unigram
@@ -197,7 +198,7 @@ def test_bad_input_is_refused():
 
 def test_a_decoder_inside_the_chunk_that_reads_no_latent_has_an_exact_likelihood():
     sizes = dict(vocab_size=V, chunk_size=K, latent_dim=Z)
-    backbone = BackboneConfig(dim=16, num_layers=1, num_heads=2, num_kv_heads=2, inner_dim=16)
+    backbone = TransformerConfig(dim=16, num_layers=1, num_heads=2, num_kv_heads=2, inner_dim=16)
     writer = ContextDecoderConfig(dim=16, inner_dim=16, num_layers=1, table_dim=8, use_latent=False)
     lm = LatentLMConfig(**sizes, backbone=backbone, context_decoder=writer).build(rngs=nnx.Rngs(0))
     codec = random_model(AutoencoderConfig(**sizes, dim=16, inner_dim=16))

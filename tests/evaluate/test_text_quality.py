@@ -4,8 +4,8 @@ import jax
 import numpy as np
 import pytest
 
-from calm.core.backbone import BackboneConfig
 from calm.core.intervals import Interval
+from calm.core.transformer import TransformerConfig
 from calm.errors import UsageError
 from calm.evaluate.ngram import fit_ngrams
 from calm.evaluate.quality_report import QualityReport
@@ -18,7 +18,7 @@ from random_models import random_model
 
 TOKENIZER = ByteTokenizer()
 LM = random_model(
-    TokenLMConfig(vocab_size=259, backbone=BackboneConfig(dim=8, num_layers=1, num_heads=1, num_kv_heads=1, inner_dim=8))
+    TokenLMConfig(vocab_size=259, backbone=TransformerConfig(dim=8, num_layers=1, num_heads=1, num_kv_heads=1, inner_dim=8))
 )
 JUDGE = Judge(name="judge", lm=LM, tokenizer=TOKENIZER, block_tokens=64)
 TEXT = "the cat sees the dog and the dog sees the cat " * 20

@@ -7,17 +7,18 @@ import optax
 import pytest
 
 from calm.core.autoencoder import AutoencoderConfig
-from calm.core.backbone import BackboneConfig
 from calm.core.energy_head import EnergyHeadConfig
 from calm.core.energy_score import energy_loss, energy_parts
+from calm.core.gaussian import Gaussian
+from calm.core.head import HeadConfig
 from calm.core.latent_lm import LatentLMConfig
-from calm.core.objective import LatentLossConfig, LatentObjective
-from calm.core.posterior import Gaussian
+from calm.core.objective import LatentObjective
+from calm.core.transformer import TransformerConfig
 from calm.errors import UsageError
-from calm.heads import HeadConfig
 from calm.heads.direction import direction_loss
 from calm.heads.gated import GatedEnergyHeadConfig
 from calm.rng import stream
+from loss_terms import loss as loss_of
 from random_models import normal, random_model
 
 S, R, Z = 4, 6, 5
@@ -145,9 +146,9 @@ GATED = GatedEnergyHeadConfig(num_blocks=1, gate="scalar", gate_logit=0.0)
 
 
 def objective(head: HeadConfig = GATED, **terms: object) -> LatentObjective:
-    backbone = BackboneConfig(dim=16, num_layers=1, num_heads=2, num_kv_heads=1, inner_dim=24)
+    backbone = TransformerConfig(dim=16, num_layers=1, num_heads=2, num_kv_heads=1, inner_dim=24)
     lm = LatentLMConfig(vocab_size=V, chunk_size=K, latent_dim=Z, backbone=backbone, head=head, stem="continuous")
-    return LatentObjective(lm, LatentLossConfig(num_samples=4, **terms), random_model(CODEC), context=6)
+    return LatentObjective(lm, loss_of(num_samples=4, **terms), random_model(CODEC), context=6)
 
 
 def fresh(subject: LatentObjective):

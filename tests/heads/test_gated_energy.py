@@ -12,10 +12,9 @@ from flax import nnx
 
 from calm.core.dense import PRECISIONS
 from calm.core.energy_score import energy_loss
-from calm.core.latent_terms import GATE_BINS, gate_measures
-from calm.core.posterior import Gaussian
+from calm.core.gaussian import Gaussian
 from calm.errors import UsageError
-from calm.heads.gated import GatedEnergyHead, GatedEnergyHeadConfig
+from calm.heads.gated import GATE_BINS, GatedEnergyHead, GatedEnergyHeadConfig
 from jaxpr_flops import matmul_flops
 from random_models import Layer, normal, random_model
 
@@ -154,13 +153,13 @@ def test_a_dynamic_gate_tells_what_is_known_from_what_is_not():
 
 def test_gate_measures_are_the_mean_and_the_shares_and_other_heads_have_none():
     model = head("dynamic")
-    measured = jax.jit(lambda hidden: gate_measures(model, hidden))(jnp.asarray(HIDDEN))
+    measured = jax.jit(lambda hidden: model.measures(hidden))(jnp.asarray(HIDDEN))
     gates = np.asarray(jax.jit(model.gates)(jnp.asarray(HIDDEN)))
     counts, _ = np.histogram(gates, np.linspace(0, 1, GATE_BINS + 1))
     np.testing.assert_allclose(measured["gate_histogram"], counts / gates.size, atol=1e-6)
     np.testing.assert_allclose(measured["gate_mean"], gates.mean(), rtol=1e-6)
     assert measured["gate_histogram"].sum() == pytest.approx(1)
-    assert gate_measures(object(), jnp.asarray(HIDDEN)) == {}
+    assert Head().measures(jnp.asarray(HIDDEN)) == {}
 
 
 @pytest.mark.parametrize(

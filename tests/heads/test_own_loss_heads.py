@@ -8,7 +8,7 @@ import pytest
 from flax import nnx
 
 from calm.core.dense import PRECISIONS
-from calm.core.posterior import Gaussian
+from calm.core.gaussian import Gaussian
 from calm.errors import UsageError
 from calm.heads.diffusion import DiffusionHeadConfig, schedule
 from calm.heads.flow import FlowHeadConfig

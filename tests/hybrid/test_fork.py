@@ -5,12 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from calm.core.backbone import BackboneConfig
 from calm.core.dense import PRECISIONS
+from calm.core.transformer import TransformerConfig
 from calm.errors import UsageError
 from random_models import normal, random_model
 
-CONFIG = BackboneConfig(dim=16, num_layers=2, num_heads=4, num_kv_heads=2, inner_dim=24)
+CONFIG = TransformerConfig(dim=16, num_layers=2, num_heads=4, num_kv_heads=2, inner_dim=24)
 BATCH, LENGTH, BRANCHES, DEPTH = 2, 7, 3, 3
 ENDS = np.array([2, 5, 7])
 TRUNK = normal(BATCH, LENGTH, CONFIG.dim)

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from calm.core.backbone import BackboneConfig
 from calm.core.mixer import Window
+from calm.core.transformer import TransformerConfig
 from calm.core.unrolled import unrolled, unstack
 from calm.errors import UsageError
 from calm.hybrid.gates import Beside, GatedMixer
@@ -149,9 +149,9 @@ def test_the_gated_mixer_is_the_mean_of_its_paths_under_its_shares():
 def test_refinements_belong_to_the_layers_that_hold_a_memory():
     """In "C,GH" the second and the fourth layer do: of (2, 1) the second has two depths, the fourth one."""
     model = built(CONFIGS["by turns"])
-    memory = dataclasses.replace(CONFIGS["by turns"].hopfield, refinements=(2, 2))
+    memory = dataclasses.replace(CONFIGS["by turns"].mixers["H"], refinements=(2, 2))
     deeper = nnx.merge(nnx.graphdef(model), nnx.state(model))
-    deeper.config = dataclasses.replace(CONFIGS["by turns"], hopfield=memory)
+    deeper.config = dataclasses.replace(CONFIGS["by turns"], mixers={"H": memory})
     read_paths = jax.jit(lambda model: model.readings(HIDDEN, ("path.H",))["path.H"])
     before, after = read_paths(model), read_paths(deeper)
     assert list(before) == [1, 3]
@@ -161,7 +161,7 @@ def test_refinements_belong_to_the_layers_that_hold_a_memory():
 
 def test_the_transformer_keeps_the_names_of_its_weights():
     """Checkpoints and published models are read by them."""
-    weights = nnx.to_flat_state(nnx.state(nnx.eval_shape(lambda: BackboneConfig(dim=8).build(rngs=nnx.Rngs(0)))))
+    weights = nnx.to_flat_state(nnx.state(nnx.eval_shape(lambda: TransformerConfig(dim=8).build(rngs=nnx.Rngs(0)))))
     layer = "attention.out.kernel attention.qkv.kernel mlp.down.kernel mlp.gate_up.kernel norm_attention.scale norm_mlp.scale"
     expected = {*(f"blocks.layer.{name}" for name in layer.split()), "norm.scale"}
     assert {".".join(map(str, path)) for path, _ in weights} == expected
@@ -181,11 +181,11 @@ def test_the_transformer_keeps_the_names_of_its_weights():
 )
 def test_patterns_that_do_not_fit_are_refused(options, words):
     with pytest.raises(UsageError, match=words):
-        dataclasses.replace(BackboneConfig(num_layers=2, **SIZES), **options)
+        dataclasses.replace(TransformerConfig(num_layers=2, **SIZES), **options)
 
 
 def test_an_unknown_gradient_is_refused():
-    config = BackboneConfig()
+    config = TransformerConfig()
     object.__setattr__(config, "reasoner_gradient", "half")  # past the type checks of the test run
     with pytest.raises(UsageError, match="reasoner_gradient must be one_step or full, got 'half'"):
         config.__post_init__()

@@ -9,12 +9,12 @@ import pytest
 from flax import nnx
 
 from calm.core.autoencoder import AutoencoderConfig
-from calm.core.backbone import BackboneConfig
 from calm.core.energy_head import EnergyHeadConfig
 from calm.core.generate import SpecialIds, generate
 from calm.core.latent_lm import LatentLMConfig
 from calm.core.predictor import NextVector
 from calm.evaluate.brier import evaluate_predictor
+from calm.hybrid.backbone import HybridConfig
 from calm.hybrid.state_space import SSMConfig
 from calm.rng import row_keys
 from calm.token.model import TokenLMConfig
@@ -22,7 +22,7 @@ from calm.token.model import TokenLMConfig
 V, K = 9, 2
 SPECIAL = SpecialIds(begin_id=6, end_id=7, mask_id=8)
 SSM = SSMConfig(state_dim=2, num_heads=2)
-BACKBONE = BackboneConfig(dim=8, num_layers=2, num_heads=2, num_kv_heads=1, inner_dim=8, pattern="SA", ssm=SSM)
+BACKBONE = HybridConfig(dim=8, num_layers=2, num_heads=2, num_kv_heads=1, inner_dim=8, pattern="SA", mixers={"S": SSM})
 REASONER = dataclasses.replace(BACKBONE, num_segments=2)
 
 

@@ -35,7 +35,7 @@ def test_without_a_word_from_the_controller_every_segment_is_the_first():
 
 
 def test_a_new_controller_is_silent():
-    slots = dataclasses.replace(CONFIG, pattern="CH", hopfield=HopfieldConfig(num_slots=2, num_heads=1))
+    slots = dataclasses.replace(CONFIG, pattern="CH", mixers={"H": HopfieldConfig(num_slots=2, num_heads=1)})
     model = nnx.jit(lambda: slots.build(rngs=nnx.Rngs(0)))()
     assert not model.controller.out.kernel[...].any() and not model.controller.out.bias[...].any()
     assert model.controller.inner.kernel[...].any()

@@ -17,7 +17,7 @@ from random_models import Layer, random_model
 
 HIDDEN = hidden(2, 5)
 SLOTS = HopfieldConfig(num_slots=3, num_heads=2)
-CONFIG = dataclasses.replace(CONFIGS["reasoner"], pattern="CH", num_segments=1, hopfield=SLOTS)
+CONFIG = dataclasses.replace(CONFIGS["reasoner"], pattern="CH", num_segments=1, mixers={"H": SLOTS})
 MODEL = built(CONFIG)
 
 

@@ -17,7 +17,7 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 from calm.core.energy_score import plain_energy_loss
-from calm.core.posterior import Gaussian
+from calm.core.gaussian import Gaussian
 from calm.errors import UsageError
 from calm.interop.official import load_autoencoder, load_latent_lm, training_settings
 from calm.runs.weights import flat_weights

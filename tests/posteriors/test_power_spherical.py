@@ -10,10 +10,10 @@ import scipy.integrate
 import scipy.special
 import scipy.stats
 
-from calm.core import clipped_kl
+from calm.core.clipped_kl import clipped_kl
 from calm.core.energy_score import FIDELITIES, diversity, energy_loss, energy_parts, fidelity_second_order
-from calm.core.posterior import POSTERIORS, PowerSpherical
-from calm.posteriors.power_spherical import MAX_SHARPNESS
+from calm.core.posterior import Posteriors, posterior_class
+from calm.posteriors.power_spherical import MAX_SHARPNESS, PowerSpherical
 from random_models import normal
 
 KEY = jax.random.key(0)
@@ -209,14 +209,14 @@ def test_the_energy_score_is_lowest_for_the_spherical_law_itself(fidelity):
     assert diversity(truth.draws(KEY, 8)).shape == (1,)
 
 
-@pytest.mark.parametrize("kind", POSTERIORS)
+@pytest.mark.parametrize("kind", Posteriors.names())
 def test_every_law_answers_to_the_same_names(kind):
     @jax.jit
     def of(outputs):
-        law = POSTERIORS[kind].of(outputs)
+        law = posterior_class(kind).of(outputs)
         return law.mean, law.std, law.sample(KEY), law.kl(), law.log_prob(law.mean), law.draws(KEY, 2)
 
-    *of_chunks, draws = of(normal(3, 5, POSTERIORS[kind].outputs(6)))
+    *of_chunks, draws = of(normal(3, 5, posterior_class(kind).outputs(6)))
     for values in of_chunks:
         assert values.shape == (3, 5, 6) and np.isfinite(values).all()
     assert draws.shape == (2, 3, 5, 6) and (of_chunks[1] > 0).all()

@@ -9,9 +9,9 @@ import pytest
 from flax import nnx
 
 from calm.core.autoencoder import AutoencoderConfig
-from calm.core.backbone import BackboneConfig
 from calm.core.energy_head import EnergyHeadConfig
 from calm.core.latent_lm import LatentLMConfig
+from calm.core.transformer import TransformerConfig
 from calm.errors import CalmError, UsageError
 from calm.runs.folders import (
     ModelCard,
@@ -28,7 +28,7 @@ SIZES = dict(vocab_size=11, chunk_size=2, latent_dim=3)
 
 @pytest.fixture(scope="module")
 def models():
-    backbone = BackboneConfig(dim=8, num_layers=2, num_heads=2, num_kv_heads=1, inner_dim=12, rope_theta=500.0)
+    backbone = TransformerConfig(dim=8, num_layers=2, num_heads=2, num_kv_heads=1, inner_dim=12, rope_theta=500.0)
     head = EnergyHeadConfig(num_blocks=1, noise_dim=4, init_std=0.02)
     autoencoder = random_model(AutoencoderConfig(dim=4, inner_dim=6, **SIZES))
     return random_model(LatentLMConfig(backbone=backbone, head=head, **SIZES)), autoencoder

@@ -11,11 +11,12 @@ from flax import nnx
 
 import calm
 import tiny
-from calm.core.backbone import BackboneConfig
+from calm.core.transformer import TransformerConfig
 from calm.runs.init_from import StartingPoint
 from calm.runs.stages import load_run_config, starting_point
 from calm.token.model import TokenLMConfig
 from calm.token.objective import TokenLossConfig, TokenObjective
+from loss_terms import loss as loss_of
 
 TOKEN_LM = [*tiny.BACKBONE, *tiny.HEADS, *tiny.TRAIN]
 STEP = "--train.steps 1 --train.batch-size 2 --train.num-tokens 64 --train.precision float32".split()
@@ -96,7 +97,7 @@ def test_a_run_begins_with_the_weights_of_another(folder, tmp_path):
 @pytest.mark.slow
 def test_a_latent_model_brings_its_autoencoder_along(folder, tiny_runs, tmp_path):
     words = begin(
-        folder, tmp_path / "lm", tiny_runs / "lm", "--loss.num-samples", "2", "--loss.auxiliary-weight", "1", kind="lm"
+        folder, tmp_path / "lm", tiny_runs / "lm", "--loss.num-samples", "2", "--loss.terms.auxiliary.weight", "1", kind="lm"
     )
     tiny.run(*words)
     tuned, before = calm.load(tmp_path / "lm"), calm.load(tiny_runs / "lm")
@@ -139,11 +140,11 @@ def test_what_does_not_fit_is_one_line_and_nothing_is_written(folder, tiny_runs,
 
 def test_a_starting_point_fills_what_it_lacks_with_fresh_weights(tiny_runs):
     from calm.core.autoencoder import Autoencoder
-    from calm.core.objective import LatentLossConfig, LatentObjective
+    from calm.core.objective import LatentObjective
 
     start = starting_point(tiny_runs / "lm")
     assert isinstance(start.autoencoder, Autoencoder)
-    loss = LatentLossConfig(num_samples=2, auxiliary_weight=1.0)
+    loss = loss_of(num_samples=2, auxiliary_weight=1.0)
     objective = LatentObjective(start.config, loss, start.autoencoder, context=48)
     initial = start.initial(objective, seed=0)
     assert set(initial) == {"lm", "auxiliary"}
@@ -152,7 +153,7 @@ def test_a_starting_point_fills_what_it_lacks_with_fresh_weights(tiny_runs):
 
 
 def test_a_token_model_begins_with_or_without_the_flow_that_another_trained_beside_it():
-    backbone = BackboneConfig(dim=16, num_layers=1, num_heads=2, num_kv_heads=1, inner_dim=24)
+    backbone = TransformerConfig(dim=16, num_layers=1, num_heads=2, num_kv_heads=1, inner_dim=24)
     config = TokenLMConfig(vocab_size=24, backbone=backbone)
     bare, flow = (TokenObjective(config, TokenLossConfig(flow_weight=weight), context=16) for weight in (0.0, 1.0))
     other = jax.jit(flow.init)(jax.random.key(5))

@@ -9,13 +9,13 @@ import numpy as np
 import optax
 import pytest
 
+from calm.config import from_dict
 from calm.core.autoencoder import AutoencoderConfig
-from calm.core.backbone import BackboneConfig
 from calm.core.energy_head import EnergyHeadConfig
 from calm.core.latent_lm import LatentLMConfig
-from calm.core.objective import LatentLossConfig, LatentObjective
-from calm.core.posterior import PowerSpherical
+from calm.core.objective import LatentObjective
 from calm.core.predictor import NextVector
+from calm.core.transformer import TransformerConfig
 from calm.evaluate.blocks import evaluate_autoencoder
 from calm.evaluate.inspect import inspect_autoencoder
 from calm.evaluate.likelihood import evaluate_likelihood
@@ -23,14 +23,16 @@ from calm.evaluate.ngram import Unigram
 from calm.heads.diffusion import DiffusionHeadConfig
 from calm.heads.flow import FlowHeadConfig
 from calm.heads.mixture import MixtureHeadConfig
+from calm.posteriors.power_spherical import PowerSpherical
 from calm.rng import stream
+from loss_terms import loss as loss_of
 from random_models import random_model
 
 SIZES = dict(vocab_size=24, chunk_size=4, latent_dim=6)
 FLAT = AutoencoderConfig(**SIZES, dim=8, inner_dim=12)
 SPHERE = dataclasses.replace(FLAT, posterior="power_spherical")
-LEVELS = dataclasses.replace(FLAT, lower_chunk_size=2, lower_latent_dim=4)
-BACKBONE = BackboneConfig(dim=16, num_layers=1, num_heads=2, num_kv_heads=1, inner_dim=24)
+LEVELS = from_dict(AutoencoderConfig, dict(kind="hierarchical", lower_chunk_size=2, lower_latent_dim=4), FLAT)
+BACKBONE = TransformerConfig(dim=16, num_layers=1, num_heads=2, num_kv_heads=1, inner_dim=24)
 ENERGY = EnergyHeadConfig(num_blocks=1, noise_dim=4)
 TOKENS = np.random.default_rng(0).integers(3, 24, (4, 32)).astype(np.int32)
 KEY = jax.random.key(0)
@@ -43,7 +45,7 @@ def coder(config: AutoencoderConfig):
 
 def objective(config: AutoencoderConfig, head=ENERGY, stem="discrete", **terms) -> LatentObjective:
     model = LatentLMConfig(**SIZES, backbone=BACKBONE, head=head, stem=stem)
-    return LatentObjective(model, LatentLossConfig(num_samples=3, **terms), coder(config), context=8)
+    return LatentObjective(model, loss_of(num_samples=3, **terms), coder(config), context=8)
 
 
 @pytest.mark.parametrize(("config", "stem"), [(SPHERE, "both"), (LEVELS, "discrete")], ids=["sphere", "levels"])

@@ -9,24 +9,28 @@ from safetensors.numpy import save_file
 from test_generate import SPECIAL, K, V, with_numbers
 
 from calm.core.autoencoder import AutoencoderConfig
-from calm.core.backbone import BackboneConfig
 from calm.core.energy_head import EnergyHeadConfig
 from calm.core.generate import stream
 from calm.core.latent_lm import LatentLMConfig
 from calm.core.predictor import NextVector
+from calm.core.transformer import TransformerConfig
 from calm.decoders.context_decoder import ContextDecoderConfig
 from calm.errors import UsageError
+from calm.hybrid.backbone import HybridConfig
 from calm.hybrid.hopfield import HopfieldConfig
 from calm.hybrid.state_space import SSMConfig
 from calm.rng import row_keys
 from calm.runs import saved_state
 from calm.token.model import TokenLMConfig
 
-SIZES = dict(dim=8, num_heads=2, num_kv_heads=1, inner_dim=12, ssm=SSMConfig(state_dim=4, num_heads=2))
+SIZES = dict(dim=8, num_heads=2, num_kv_heads=1, inner_dim=12)
+SSM = SSMConfig(state_dim=4, num_heads=2)
 PATTERNS = {
-    "A": BackboneConfig(num_layers=2, **SIZES),
-    "SHA": BackboneConfig(pattern="SHA", num_layers=2, hopfield=HopfieldConfig(memory="context", num_heads=2), **SIZES),
-    "C,H": BackboneConfig(pattern="C,H", num_layers=2, hopfield=HopfieldConfig(num_heads=2, num_slots=4), **SIZES),
+    "A": TransformerConfig(num_layers=2, **SIZES),
+    "SHA": HybridConfig(
+        pattern="SHA", num_layers=2, mixers={"H": HopfieldConfig(memory="context", num_heads=2), "S": SSM}, **SIZES
+    ),
+    "C,H": HybridConfig(pattern="C,H", num_layers=2, mixers={"H": HopfieldConfig(num_heads=2, num_slots=4)}, **SIZES),
 }
 TEXT = np.arange(3, 22) % 30
 NEW = 12

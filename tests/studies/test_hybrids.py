@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from calm.core.backbone import BackboneConfig
 from calm.core.latent_lm import LatentLMConfig
+from calm.core.transformer import TransformerConfig
 from calm.errors import UsageError
+from calm.hybrid.backbone import of_pattern
 from calm.runs.stages import LatentLMRun, load_run_config
 from calm.studies import catalogue as studies
 from calm.studies import hybrids
@@ -16,7 +17,7 @@ from calm.studies.runner import autoencoder_flops, sized
 from calm.studies.scoring import LanguageModelScore
 from calm.studies.study import Place, Request, Study
 
-BACKBONE = BackboneConfig(dim=64, num_layers=2, inner_dim=172)
+BACKBONE = TransformerConfig(dim=64, num_layers=2, inner_dim=172)
 MODEL = LatentLMConfig(vocab_size=300, chunk_size=4, latent_dim=8, backbone=BACKBONE)
 
 
@@ -40,7 +41,7 @@ def test_a_size_that_no_width_has_is_refused(monkeypatch):
 
 def test_states_are_counted_in_bytes():
     def size(pattern, context):
-        return state_bytes(dataclasses.replace(BACKBONE, pattern=pattern), context)
+        return state_bytes(of_pattern(BACKBONE, pattern), context)
 
     assert size("A", 16) == 2 * 2 * 64 * 16 * 4  # layers, keys and values, D, context, float32
     assert size("A", 32) == 2 * size("A", 16) and size("S", 32) == size("S", 16) > 0

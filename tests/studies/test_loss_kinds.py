@@ -8,6 +8,7 @@ import pytest
 
 from calm import config
 from calm.evaluate.loss_curves import LossCourse
+from calm.hybrid.hopfield import HopfieldConfig
 from calm.runs import presets
 from calm.studies import catalogue as studies
 from calm.studies import loss_kinds
@@ -20,7 +21,7 @@ def test_the_cells_are_one_model_under_four_losses():
     place = Place("data", Path("out"))
     cells = loss_kinds.cells(place, 1e12)
     assert [cell.name for cell in cells] == ["calm", "rf", "calm_rf", "calm_rf-2"]
-    weights = [(cell.run.loss.energy_weight, cell.run.loss.direction_weight) for cell in cells]
+    weights = [(cell.run.loss.weight("energy"), cell.run.loss.weight("direction")) for cell in cells]
     assert weights == [(1.0, 0.0), (0.0, 1.0), (1.0, 0.1), (1.0, 2.0)]
     blank = [dataclasses.replace(cell.run, loss=cells[0].run.loss) for cell in cells]
     assert blank == [blank[0]] * 4 and all(cell.budget == 1e12 for cell in cells)
@@ -35,11 +36,11 @@ def test_the_presets_have_the_numbers_of_the_descriptions(name, chunks, weight, 
     preset = presets.get(name)
     lm, backbone = preset.lm, preset.lm.model.backbone
     assert preset.autoencoder.model.chunk_size == 4 and lm.train.num_tokens == 4 * chunks and lm.train.batch_size == 8
-    assert (backbone.pattern, backbone.conv.kernel, backbone.hopfield.num_slots) == ("C,H", 7, 64)
-    assert lm.model.stem == "continuous" and lm.model.head.gate == gate and lm.loss.direction_weight == weight
+    assert (backbone.pattern, backbone.mixers["C"].kernel, backbone.mixers["H"].num_slots) == ("C,H", 7, 64)
+    assert lm.model.stem == "continuous" and lm.model.head.gate == gate and lm.loss.weight("direction") == weight
     if name != "z-tiny":
         assert (preset.autoencoder.train.steps, lm.train.steps, lm.train.precision) == (2000, 4000, "bfloat16")
-        assert lm.loss.auxiliary_weight == 0 and preset.autoencoder.train.batch_size == 8
+        assert lm.loss.weight("auxiliary") == 0 and preset.autoencoder.train.batch_size == 8
     assert config.from_dict(type(lm), config.to_dict(lm)) == lm  # a run's file reproduces it
     model = dataclasses.replace(lm.model, vocab_size=4096, chunk_size=4, latent_dim=preset.autoencoder.model.latent_dim)
     assert model.parameters() == {"calm-on-z": 26842400, "calm-seal": 26907936, "z-tiny": 3566472}[name]
@@ -73,7 +74,7 @@ def test_the_table_has_the_parts_at_the_checkpoint_that_is_scored(tiny_runs, tmp
             num_heads=2,
             num_kv_heads=2,
             inner_dim=16,
-            hopfield=dataclasses.replace(run.model.backbone.hopfield, num_slots=4, num_heads=2),
+            mixers=run.model.backbone.mixers | {"H": HopfieldConfig(num_slots=4, num_heads=2)},
         )
         train = dataclasses.replace(
             run.train, steps=4, batch_size=2, num_tokens=192, evaluate_every=2, sample_every=0, precision="float32"

@@ -10,8 +10,10 @@ from flax import nnx
 
 import tiny
 from calm import config
-from calm.core.backbone import BackboneConfig
+from calm.core.transformer import TransformerConfig
 from calm.errors import UsageError
+from calm.hybrid.backbone import of_pattern
+from calm.hybrid.hopfield import HopfieldConfig
 from calm.studies import catalogue as studies
 from calm.studies import memory
 from calm.studies.memory import BACKBONES, MemoryRun, MemoryStudy, asked_logits, questions, train
@@ -19,7 +21,7 @@ from calm.studies.memory_tasks import PRESETS, AssociativeRecall, DelayedCopy
 from calm.studies.study import Request
 from jaxpr_flops import matmul_flops
 
-SMALL = BackboneConfig(dim=16, num_layers=1, num_heads=2, num_kv_heads=2, inner_dim=16)
+SMALL = TransformerConfig(dim=16, num_layers=1, num_heads=2, num_kv_heads=2, inner_dim=16)
 
 
 @pytest.fixture
@@ -52,7 +54,7 @@ def test_who_mixes_positions_copies_and_who_does_not_guesses(small_tasks):
     run = MemoryRun(task="copy-1", backbone=dataclasses.replace(SMALL, num_layers=1), steps=150, batch_size=16)
     able = train(run)
     assert able["accuracy"] == 1.0 and able["steps"] < 150 and able["nats_per_answer"] < 0.1
-    slots = dataclasses.replace(SMALL, pattern="H", hopfield=dataclasses.replace(SMALL.hopfield, num_slots=4, num_heads=2))
+    slots = of_pattern(SMALL, "H", mixers={"H": HopfieldConfig(num_slots=4, num_heads=2)})
     unable = train(dataclasses.replace(run, backbone=slots))
     assert abs(unable["accuracy"] - unable["chance"]) < 0.08 and unable["chance"] == 0.5
     assert unable["steps"] == 150 and len(unable["curve"]) == 3

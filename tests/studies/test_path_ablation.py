@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from calm.core.backbone import BackboneConfig
 from calm.errors import UsageError
+from calm.hybrid.backbone import HybridConfig
 from calm.hybrid.taps import tapped
 from calm.runs.stages import LatentLMRun, TokenLMRun, load_run_config
 from calm.studies import catalogue as studies
@@ -23,7 +23,7 @@ from calm.token.likelihood import token_likelihood
 from calm.token.model import TokenLM, TokenLMConfig
 
 LENGTH = 8
-BACKBONE = BackboneConfig(dim=16, num_layers=1, pattern="SHA", num_heads=2, num_kv_heads=2, inner_dim=16, num_segments=3)
+BACKBONE = HybridConfig(dim=16, num_layers=1, pattern="SHA", num_heads=2, num_kv_heads=2, inner_dim=16, num_segments=3)
 
 
 @pytest.fixture(scope="module")

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from calm.core.backbone import BackboneConfig
 from calm.errors import UsageError
+from calm.hybrid.backbone import HybridConfig
 from calm.hybrid.taps import tapped
 from calm.runs.stages import TokenLMRun
 from calm.studies import catalogue as studies
@@ -20,7 +20,7 @@ from calm.studies.runner import Cell
 from calm.studies.study import Request, Study
 from calm.token.model import TokenLMConfig
 
-BACKBONE = BackboneConfig(dim=16, num_layers=2, pattern="C,SHA", num_heads=2, num_kv_heads=2, inner_dim=16, num_segments=2)
+BACKBONE = HybridConfig(dim=16, num_layers=2, pattern="C,SHA", num_heads=2, num_kv_heads=2, inner_dim=16, num_segments=2)
 
 
 def model(**settings):

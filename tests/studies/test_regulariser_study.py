@@ -6,7 +6,7 @@ import json
 import jax
 import pytest
 
-from calm.core.backbone import BackboneConfig
+from calm.core.transformer import TransformerConfig
 from calm.runs.stages import LatentLMRun, TokenLMRun, load_run_config
 from calm.studies import catalogue as studies
 from calm.studies import regularisers
@@ -93,7 +93,7 @@ def test_the_summary_holds_cells_against_their_own_rate_and_says_when_nothing_co
 def test_a_study_of_tiny_runs_is_scored_goes_on_and_keeps_what_diverged(tiny_runs, tmp_path, monkeypatch):
     latent = load_run_config(tiny_runs / "lm")
     assert isinstance(latent, LatentLMRun)
-    backbone = BackboneConfig(dim=16, num_layers=1, num_heads=2, num_kv_heads=2, inner_dim=16)
+    backbone = TransformerConfig(dim=16, num_layers=1, num_heads=2, num_kv_heads=2, inner_dim=16)
     train = dataclasses.replace(latent.train, best_metric="", log_every=1)
     sound = TokenLMRun(data=latent.data, model=TokenLMConfig(backbone=backbone), train=train)
     optimizer = dataclasses.replace(train.optimizer, learning_rate=1e30, warmup_steps=0)

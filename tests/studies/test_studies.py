@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import tiny
-from calm.core.backbone import BackboneConfig
+from calm.core.transformer import TransformerConfig
 from calm.decoders.context_decoder import ContextDecoderConfig
 from calm.errors import UsageError
 from calm.runs.stages import LatentLMRun, TokenLMRun, load_run_config
@@ -28,7 +28,7 @@ def latent_run(tiny_runs: Path) -> LatentLMRun:
 
 def token_run(tiny_runs: Path) -> TokenLMRun:
     latent = latent_run(tiny_runs)
-    backbone = BackboneConfig(dim=16, num_layers=1, num_heads=2, num_kv_heads=2, inner_dim=16)
+    backbone = TransformerConfig(dim=16, num_layers=1, num_heads=2, num_kv_heads=2, inner_dim=16)
     train = dataclasses.replace(latent.train, best_metric="")
     return TokenLMRun(data=latent.data, model=TokenLMConfig(backbone=backbone), train=train)
 
@@ -54,7 +54,7 @@ def test_terms_that_come_and_go_do_so_at_the_same_part_of_a_shorter_run(tiny_run
     run = dataclasses.replace(run, loss=loss, train=train)
     step = flops_per_token(run) * train.batch_size * train.num_tokens
     given = sized(run, autoencoder_flops(run) + 8.5 * step)
-    assert (given.train.steps, given.loss.auxiliary_decay_steps, given.loss.energy_from_step) == (8, 8, 4)
+    assert (given.train.steps, given.loss.terms["auxiliary"].decay_steps, given.loss.terms["energy"].from_step) == (8, 8, 4)
     assert sized(latent_run(tiny_runs), 3e10).loss == latent_run(tiny_runs).loss
 
 
@@ -102,14 +102,14 @@ def test_a_cell_that_somebody_else_is_at_is_left_to_them(tiny_runs, tmp_path):
 
 def test_a_grid_is_every_combination_under_its_own_name(tiny_runs):
     cells = [Cell(name="calm", run=latent_run(tiny_runs))]
-    axes = parse_axes(["loss.auxiliary_weight=0,3", "train.optimizer.learning_rate=1e-3"])
+    axes = parse_axes(["loss.terms.auxiliary.weight=0,3", "train.optimizer.learning_rate=1e-3"])
     found = grid(cells, axes)
     assert [cell.name for cell in found] == [
         "calm-auxiliary_weight=0-learning_rate=1e-3",
         "calm-auxiliary_weight=3-learning_rate=1e-3",
     ]
     last = found[1].run
-    assert isinstance(last, LatentLMRun) and last.loss.auxiliary_weight == 3.0 and last.train.optimizer.learning_rate == 1e-3
+    assert isinstance(last, LatentLMRun) and last.loss.weight("auxiliary") == 3.0 and last.train.optimizer.learning_rate == 1e-3
     with pytest.raises(UsageError, match="unknown key 'loss.auxilary_weight'"):
         grid(cells, {"loss.auxilary_weight": ["1"]})
     with pytest.raises(UsageError, match="expected KEY=VALUE,VALUE"):

@@ -6,13 +6,15 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from calm.core.backbone import BackboneConfig
+from calm.core.transformer import TransformerConfig
 from calm.evaluate.geometry import effective_rank
 from calm.token.collapse import collapse_measures
 from calm.token.model import TokenLMConfig
 from calm.token.objective import TokenObjective
 
-SMALL = TokenLMConfig(vocab_size=24, backbone=BackboneConfig(dim=16, num_layers=1, num_heads=2, num_kv_heads=1, inner_dim=24))
+SMALL = TokenLMConfig(
+    vocab_size=24, backbone=TransformerConfig(dim=16, num_layers=1, num_heads=2, num_kv_heads=1, inner_dim=24)
+)
 BLOCKS = np.random.default_rng(0).integers(0, 24, (5, 16)).astype(np.int32)
 
 

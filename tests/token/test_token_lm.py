@@ -8,16 +8,16 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from calm.core.backbone import BackboneConfig
 from calm.core.cross_entropy import plain_cross_entropy
-from calm.core.decoder import ScoringTable
 from calm.core.predictor import Noise, Predictor, sample_chunks
+from calm.core.transformer import TransformerConfig
+from calm.core.vocabulary import ScoringTable
 from calm.errors import UsageError
 from calm.token.model import TokenLMConfig
 from jaxpr_flops import matmul_flops
 from random_models import random_model
 
-BACKBONE = BackboneConfig(dim=8, num_layers=2, num_heads=2, num_kv_heads=1, inner_dim=12)
+BACKBONE = TransformerConfig(dim=8, num_layers=2, num_heads=2, num_kv_heads=1, inner_dim=12)
 TIED = TokenLMConfig(vocab_size=70, backbone=BACKBONE)
 KINDS = {
     "tied": TIED,

@@ -6,14 +6,16 @@ import numpy as np
 import optax
 import pytest
 
-from calm.core.backbone import BackboneConfig
+from calm.core.transformer import TransformerConfig
 from calm.errors import UsageError
 from calm.token.hidden_flow import HiddenFlow
 from calm.token.likelihood import sliding_likelihood, token_likelihood, windows
 from calm.token.model import TokenLMConfig
 from calm.token.objective import TokenLossConfig, TokenObjective
 
-SMALL = TokenLMConfig(vocab_size=24, backbone=BackboneConfig(dim=16, num_layers=2, num_heads=2, num_kv_heads=1, inner_dim=24))
+SMALL = TokenLMConfig(
+    vocab_size=24, backbone=TransformerConfig(dim=16, num_layers=2, num_heads=2, num_kv_heads=1, inner_dim=24)
+)
 TOKENS = np.random.default_rng(0).integers(3, 24, (4, 16)).astype(np.int32)
 DOCUMENTS = np.arange(4)
 

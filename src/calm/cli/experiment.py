@@ -30,7 +30,7 @@ class Experiment:
     budget: float | None = None
     """Training FLOPs of a cell, its autoencoder's included, such as 3e13; without it, the presets' numbers of steps."""
     grid: tuple[str, ...] = ()
-    """KEY=VALUE,VALUE: every cell for every value, such as loss.auxiliary_weight=0,1,3; several make several axes."""
+    """KEY=VALUE,VALUE: every cell for every value, such as loss.terms.auxiliary.weight=0,1,3; several make several axes."""
     only: tuple[str, ...] = ()
     """Names of the cells to run, or patterns such as recall-*; without it, all."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"

@@ -9,7 +9,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from calm.core.dense import Dense, Precision, operand
-from calm.core.mixer import Fork, Window
+from calm.core.mixer import Fork, LayerInputs, MixerConfig, Window
 from calm.core.rotary import rotate
 from calm.errors import UsageError
 
@@ -41,9 +41,10 @@ class ForkedState(NamedTuple):
     own: BranchKeys
 
 
+@MixerConfig.register("A")
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class AttentionConfig:
-    """Sizes of the attention (`calm.core.mixer.MixerConfig`)."""
+class AttentionConfig(MixerConfig):
+    """Sizes of the attention."""
 
     num_heads: int = 4
     num_kv_heads: int = 4
@@ -126,6 +127,17 @@ class CausalAttention(nnx.Module):
         mixed = jax.nn.dot_product_attention(query, key, value, mask=window.mask(length, key.shape[1]))
         return self.out(mixed.astype(jnp.float32).reshape(batch, length, -1)), state
 
+    def mix(
+        self,
+        hidden: Float[Array, "B N D"],
+        state: AttentionState | ForkedState | None,
+        window: Window | Fork,
+        inputs: LayerInputs,
+    ) -> tuple[Float[Array, "B N D"], AttentionState | ForkedState | None]:
+        """As the only mixer of a layer."""
+        mixed, state = self(inputs.tap("input.A", hidden), state, window)
+        return inputs.tap("path.A", mixed), state
+
     def fork(self, state: AttentionState, ends: Int[Array, "A"], num_branches: int, capacity: int) -> ForkedState:
         """Branches that share what was read, each with room for its own positions. Shared-prefix attention as in Hydragen
         (Juravsky et al. 2024, arXiv:2402.05099); here the prefixes are all those of one sequence.
@@ -135,7 +147,7 @@ class CausalAttention(nnx.Module):
         return ForkedState(state, BranchKeys(own, own))
 
     def rewind(self, state: AttentionState, position: int | Int[Array, ""]) -> AttentionState:
-        """As it is: keys behind the window's offset are not seen, and written over."""
+        """The state itself: keys after the window's offset are not seen, and are written over."""
         return state
 
 

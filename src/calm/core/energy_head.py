@@ -9,13 +9,15 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from calm.core.dense import Dense, Precision, dense_flops
+from calm.core.head import Head, HeadConfig
 from calm.core.stack import Stack
 from calm.errors import UsageError
 from calm.rng import PRNGKey
 
 
+@HeadConfig.register("energy")
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class EnergyHeadConfig:
+class EnergyHeadConfig(HeadConfig):
     """Sizes of the energy head. Published: a block for every four layers of the backbone, noise of width 64."""
 
     num_blocks: int = 2
@@ -86,7 +88,7 @@ class EnergyBlock(nnx.Module):
         return sample + self.down(jax.nn.silu(gate) * up)
 
 
-class EnergyHead(nnx.Module):
+class EnergyHead(Head):
     """hidden, noise -> latent. Trained by the energy loss, which needs samples only (CALM).
 
     The last map starts at zero, so a new head gives the same latent for every noise.
@@ -129,7 +131,3 @@ class EnergyHead(nnx.Module):
         sample, _ = self.blocks.scan(lambda block, sample, _: (block(sample, hidden), None), sample)
         latents = self.out(jax.nn.silu(self.inner_out(self.norm_out(sample))))
         return latents.reshape(num_samples, *shape, self.latent_dim)
-
-    def sample(self, key: PRNGKey, hidden: Float[Array, "*b D"], num_samples: int) -> Float[Array, "S *b Z"]:
-        """S independent samples of the next latent at every position."""
-        return self(hidden, self.draw_noise(key, (num_samples, *hidden.shape[:-1])))

@@ -6,9 +6,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from calm.core.posterior import Posteriors
 from calm.rng import PRNGKey
 
 
+@Posteriors.register("gaussian")
 class Gaussian(NamedTuple):
     """A diagonal Gaussian over latents.
 
@@ -19,8 +21,13 @@ class Gaussian(NamedTuple):
     log_std: Float[Array, "*b Z"]
 
     @staticmethod
+    def least_width() -> int:
+        """Least latent width that the distribution is defined for."""
+        return 1
+
+    @staticmethod
     def outputs(latent_dim: int) -> int:
-        """How many numbers describe one."""
+        """Number of values that describe one."""
         return 2 * latent_dim
 
     @classmethod

@@ -11,8 +11,9 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from calm.core import steps
+from calm.core.chunk_decoder import DECODINGS
 from calm.core.exact import ExactTemperature
-from calm.core.predictor import DECODINGS, Predictor
+from calm.core.predictor import Predictor
 from calm.core.sampler import PlainSampler, Sampler
 from calm.core.steps import Model, Progress, Recipe, Weights
 from calm.errors import UsageError

@@ -6,14 +6,14 @@ import jax
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from calm.core.autoencoder import Autoencoder
-from calm.core.backbone import BackboneConfig, BackboneState
+from calm.core.autoencoder import Autoencoder, AutoencoderConfig
+from calm.core.chunk_decoder import DecoderConfig
 from calm.core.dense import Precision
 from calm.core.energy_head import EnergyHeadConfig
+from calm.core.head import HeadConfig
 from calm.core.stem import ChunkCompression, Reads
-from calm.decoders.context_decoder import ContextDecoderConfig
+from calm.core.transformer import BackboneConfig, BackboneState, TransformerConfig
 from calm.errors import UsageError
-from calm.heads import HeadConfig
 from calm.rng import PRNGKey
 
 
@@ -28,18 +28,32 @@ class LatentLMConfig:
     latent_dim: int = 0
     """Z; 0 = taken from the autoencoder"""
     stem: Reads = "discrete"
-    """what the model reads of each chunk: its tokens, its latent (continuous), or both"""
-    backbone: BackboneConfig = BackboneConfig()
+    """input of each chunk: its tokens, its latent (continuous), or both"""
+    backbone: BackboneConfig = TransformerConfig()
     head: HeadConfig = EnergyHeadConfig()
-    context_decoder: ContextDecoderConfig | None = None
-    """a small autoregressive decoder that writes the chunk; none = the frozen autoencoder reads the latent (pure CALM)"""
+    context_decoder: DecoderConfig | None = None
+    """a decoder trained with the model that writes the chunk; none = the frozen autoencoder decodes the latent (pure CALM)"""
     init_std: float | None = None
     """standard deviation of the stem's embedding and kernels; none = 1 / sqrt(width or fan-in); published 0.02"""
 
     @property
     def has_latents(self) -> bool:
-        """Whether anything in it is a latent: not where tokens are read and a context decoder writes from the hidden state."""
-        return self.stem != "discrete" or self.context_decoder is None or self.context_decoder.use_latent
+        """Whether it reads or writes latents at all."""
+        return self.stem != "discrete" or self.decoder_reads_latent
+
+    @property
+    def decoder_reads_latent(self) -> bool:
+        """Whether tokens are decoded from sampled latents."""
+        return self.context_decoder is None or self.context_decoder.reads_latent
+
+    def require_sizes_of(self, autoencoder: AutoencoderConfig) -> None:
+        """Raises UsageError unless vocabulary, chunk size and latent width are the autoencoder's."""
+        for name in ("chunk_size", "vocab_size", "latent_dim"):
+            ours, theirs = getattr(self, name), getattr(autoencoder, name)
+            if ours != theirs:
+                raise UsageError(
+                    f"the language model has {name}={ours} and the autoencoder {theirs}: they were not trained together"
+                )
 
     def build(self, *, rngs: nnx.Rngs, precision: Precision = "float32") -> "LatentLM":
         return LatentLM(self, rngs=rngs, precision=precision)
@@ -105,7 +119,7 @@ class LatentLM(nnx.Module):
         return self.backbone.init_state(batch, context, starts, rewindable=rewindable)
 
     def fork(self, state: BackboneState, ends: Int[Array, "A"], num_branches: int, capacity: int) -> BackboneState:
-        """Branches of a rewindable state, from behind its first `ends[a]` chunks each (`calm.nn.Backbone.fork`)."""
+        """Branches of a rewindable state, each from after its first `ends[a]` chunks (`Backbone.fork`)."""
         return self.backbone.fork(state, ends, num_branches, capacity)
 
     def rewind(self, state: BackboneState, position: int | Int[Array, ""]) -> BackboneState:
@@ -117,7 +131,7 @@ class LatentLM(nnx.Module):
     ) -> tuple[Float[Array, "B N D"], BackboneState | None]:
         """Position i has read chunks 0..i and predicts chunk i + 1. With a state, the chunks continue what it has read.
 
-        A stem that reads latents needs the autoencoder, whose encoder makes them; else it is not looked at.
+        A stem that reads latents needs the autoencoder, whose encoder computes them; other stems ignore it.
         """
         latents = None
         if self.stem.reads_latents:

@@ -1,10 +1,10 @@
-"""What moves information between positions, and the interface that all of it shares.
+"""The interface of mixers, the parts of a layer that move information between positions.
 
-A mixer is attention, a state-space model, a convolution, a memory ...: everything in a layer that is not position-wise. Each is
-one module with one configuration, and a backbone is made of them by letters (`calm.core.backbone`). None knows of layers, norms
-or residuals; those belong to the block around it.
+Attention, a state-space model, a convolution and a memory are mixers. Each is one module with one configuration, registered
+under a letter. Norms, residuals and layers belong to the block around it (`calm.core.transformer`).
 """
 
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax.numpy as jnp
@@ -12,6 +12,10 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from calm.core.dense import Precision
+from calm.registry import Registered
+
+Tap = Callable[[str, Any, Array], Array]
+"""`(name, layer, value) -> value`: reads or replaces a value inside a backbone (`calm.hybrid.taps`)"""
 
 
 class Window(NamedTuple):
@@ -63,6 +67,17 @@ class Fork(NamedTuple):
         return self._replace(depth=self.depth + 1)
 
 
+class LayerInputs(NamedTuple):
+    """Inputs of a layer beside hidden states and mixers' states."""
+
+    tap: Callable[[str, Array], Array] = lambda name, value: value
+    """`(name, value) -> value`: a `Tap` of this layer"""
+    bias: Float[Array, "B N P"] | None = None
+    """added to the logits of the layer's gate over P paths"""
+    constants: Mapping[str, Array] = {}
+    """by letter: an array that is this layer's alone and no weight, passed to the mixer as a fourth argument"""
+
+
 @runtime_checkable
 class Mixer(Protocol):
     """A module `(hidden, state, window) -> (mixed, state)`, causal, in four equal modes: the whole sequence (no state), a block
@@ -96,16 +111,21 @@ class Mixer(Protocol):
         ...
 
 
-@runtime_checkable
-class MixerConfig(Protocol):
-    """A frozen keyword-only dataclass that validates in `__post_init__`."""
+class MixerConfig(Registered, family="mixer"):
+    """Base of the mixers' configurations: frozen keyword-only dataclasses, each registered under a capital letter."""
 
-    def build(self, dim: int, *, rngs: nnx.Rngs, precision: Precision = "float32") -> Mixer: ...
+    def build(self, dim: int, *, rngs: nnx.Rngs, precision: Precision = "float32") -> Mixer:
+        """The mixer at model width D = `dim`."""
+        raise NotImplementedError
 
     def parameters(self, dim: int) -> int:
         """Number of weights."""
-        ...
+        raise NotImplementedError
 
     def flops(self, dim: int, context: int) -> int:
         """Forward FLOPs of one position in a sequence of `context` positions; a multiplication and an addition are two."""
-        ...
+        raise NotImplementedError
+
+    def layer_constants(self, num_layers: int) -> Any:
+        """An array with a leading axis over the layers that hold this mixer, or None where they are all alike."""
+        return None

@@ -1,26 +1,28 @@
-"""What training minimises, for both stages: weighted terms, each logged under its own name."""
+"""The objectives that training minimises, for both stages; that of stage 2 is a sum of terms, each logged under its own name.
+
+B batch · N chunks · K tokens per chunk · Z latent width · D model width · S samples · M target draws
+"""
 
 import dataclasses
-from typing import Any
+from collections.abc import Callable
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from calm.core import clipped_kl
-from calm.core.autoencoder import Autoencoder, AutoencoderConfig, HierarchicalAutoencoder
+from calm.config import FrozenDict
+from calm.core.autoencoder import Autoencoder, AutoencoderConfig, Level
+from calm.core.clipped_kl import clipped_kl
 from calm.core.cross_entropy import fused_cross_entropy
-from calm.core.dense import Dense, Precision, dense_flops
+from calm.core.dense import Precision
 from calm.core.energy_score import Fidelity, energy_parts
 from calm.core.latent_lm import LatentLM, LatentLMConfig
-from calm.core.latent_terms import gate_measures, head_loss, log_mean_nats, slot_energy
 from calm.core.posterior import Posterior
 from calm.core.response_mask import split_mask, target_weights
 from calm.errors import UsageError
-from calm.heads.chunk_predictor import ChunkPredictor
-from calm.heads.direction import DirectionFrom, direction_loss
-from calm.heads.gated import GatedEnergyHead, GatedEnergyHeadConfig
+from calm.registry import Registered
 from calm.rng import PRNGKey, stream
 
 Terms = dict[str, Float[Array, ""]]
@@ -46,23 +48,17 @@ class AutoencoderLossConfig:
     """share of latent dimensions set to zero, the others rescaled"""
     random_chunks: float = 0.3
     """share of chunks replaced by uniformly random tokens, input and target: teaches rare tokens; not in the paper"""
-    lower_weight: float = 1.0
-    """weight of the same loss on the lower level alone, where the model has one (model.lower_chunk_size)"""
 
     def __post_init__(self) -> None:
         for name in ("token_dropout", "latent_dropout", "random_chunks"):
             if not 0 <= getattr(self, name) < 1:
                 raise UsageError(f"autoencoder loss: {name} must lie in [0, 1), got {getattr(self, name)}")
-        if min(self.kl_weight, self.kl_clamp, self.lower_weight) < 0:
-            raise UsageError("autoencoder loss: kl_weight, kl_clamp and lower_weight must not be negative")
+        if min(self.kl_weight, self.kl_clamp) < 0:
+            raise UsageError("autoencoder loss: kl_weight and kl_clamp must not be negative")
 
 
 class AutoencoderObjective:
-    """K * cross-entropy + kl_weight * clipped KL, averaged over chunks.
-
-    Of two levels the lower one has the same loss on the parts of the chunk, decoded without the upper one: so that both are
-    codes from which the text comes back, and the lower one's latents bear noise too.
-    """
+    """K * cross-entropy + kl_weight * clipped KL, averaged over chunks, for every level of the autoencoder."""
 
     def __init__(
         self, model: AutoencoderConfig, loss: AutoencoderLossConfig, *, mask_id: int, precision: Precision = "float32"
@@ -90,21 +86,17 @@ class AutoencoderObjective:
             chunks = jnp.where(replace, random, chunks)
         masked = jax.random.bernoulli(stream(key, "token dropout"), self.terms.token_dropout, chunks.shape)
         read = jnp.where(masked, self.mask_id, chunks)
-        if not isinstance(autoencoder, HierarchicalAutoencoder):
-            return self._level(autoencoder, autoencoder.encode(read), chunks, key)
-        lower = autoencoder.encode_lower(read)
-        loss, terms = self._level(autoencoder, autoencoder.encode_upper(lower), chunks, key)
-        if self.terms.lower_weight:
-            parts = chunks.reshape(*lower.mean.shape[:-1], -1)
-            own, of_lower = self._level(autoencoder.lower, lower, parts, stream(key, "lower"))
-            loss += self.terms.lower_weight * parts.shape[1] * own
-            terms |= {f"lower_{name}": value for name, value in of_lower.items()}
+        loss, terms = jnp.float32(0), {}
+        for level in autoencoder.levels(read, chunks):
+            of_level = stream(key, level.name) if level.name else key
+            own, named = self._level(level, of_level)
+            loss += level.weight * own
+            terms |= {f"{level.name}_{name}" if level.name else name: value for name, value in named.items()}
         return loss, terms
 
-    def _level(
-        self, autoencoder: Autoencoder, posterior: Posterior, chunks: Int[Array, "*b K"], key: PRNGKey
-    ) -> tuple[Float[Array, ""], Terms]:
-        """The loss of one level, from its posterior."""
+    def _level(self, level: Level, key: PRNGKey) -> tuple[Float[Array, ""], Terms]:
+        """Loss and metrics of one level."""
+        autoencoder, posterior, chunks = level.autoencoder, level.posterior, level.chunks
         latents = posterior.sample(stream(key, "posterior"))
         kept = jax.random.bernoulli(stream(key, "latent dropout"), 1 - self.terms.latent_dropout, latents.shape)
         latents = jnp.where(kept, latents / (1 - self.terms.latent_dropout), 0.0)
@@ -117,90 +109,178 @@ class AutoencoderObjective:
         return loss, {"cross_entropy": nats, "kl": kl.sum(-1).mean(), "posterior_std": posterior.std.mean()}
 
     def flops_per_token(self) -> float:
-        """Forward and backward FLOPs per token; the backward pass counts twice the forward."""
-        model = self.model
-        chunk = model.encoder_flops() + model.decoder_flops() + model.vocabulary_flops()
-        if model.lower is not None and self.terms.lower_weight:
-            chunk += model.places * model.lower.decoder_flops() + model.vocabulary_flops()
-        return 3 * chunk / model.chunk_size
+        """Forward and backward FLOPs per token."""
+        return self.model.training_flops() / self.model.chunk_size
+
+
+class TermInputs(NamedTuple):
+    """Everything that the terms of stage 2 share in one step."""
+
+    lm: LatentLM
+    autoencoder: Autoencoder
+    """frozen"""
+    chunks: Int[Array, "B X K"]
+    """X = N + 1: each but the first is a target, each but the last is read"""
+    weights: Float[Array, "B N"]
+    """weight of each target chunk in a mean; they sum to 1"""
+    hidden: Float[Array, "B N D"]
+    posterior: Posterior
+    """of the target chunks; no gradient goes through it"""
+    noise: Float[Array, "S B N E"]
+    samples: Float[Array, "S B N Z"]
+    """the head's samples, shared by all terms"""
+    modules: dict[str, Any]
+    """the modules that terms train beside the language model, by name"""
+    key: PRNGKey
+
+    @property
+    def targets(self) -> Int[Array, "B N K"]:
+        return self.chunks[:, 1:]
+
+    def mean(self, of_position: Float[Array, "B N"]) -> Float[Array, ""]:
+        """Weighted mean over the target chunks."""
+        return (of_position * self.weights).sum()
+
+
+class TermContext(NamedTuple):
+    """The model that a term is part of the objective of."""
+
+    model: LatentLMConfig
+    autoencoder: AutoencoderConfig
+    num_samples: int
+    """S, samples of the head that are shared by the terms"""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LatentLossConfig:
-    """Terms of stage 2, over one shared set of S samples. A term of weight 0 costs nothing.
+class Term(Registered, family="term"):
+    """A term of the objective of stage 2. A new one overrides `values`, and what else differs from the defaults here."""
 
-    CALM has the energy alone; the others are what a small model may need beside it, or instead (docs/log.md says which).
-    """
+    weight: float = 1.0
+    """factor of the term; 0 = it is measured and not trained"""
+    from_step: int = 0
+    """step before which the weight is 0"""
+    decay_steps: int = 0
+    """steps over which the weight falls linearly to 0; 0 = it stays"""
 
-    num_samples: int = 8
-    """S, samples of the head per position"""
+    trains_head: ClassVar[bool] = False
+    """whether the term's gradient trains the head"""
+    compares_latents: ClassVar[bool] = False
+    """whether it reads the posterior of the target, which the frozen encoder has to compute"""
+
+    def __post_init__(self) -> None:
+        for name in ("weight", "from_step", "decay_steps"):
+            if getattr(self, name) < 0:
+                raise UsageError(f"loss: {self.kind}.{name} must not be negative, got {getattr(self, name)}")
+
+    def weight_at(self, step: int | Int[Array, ""]) -> float | Float[Array, ""]:
+        """The weight at a training step."""
+        weight: Any = self.weight
+        if self.decay_steps:
+            weight = weight * jnp.clip(1 - jnp.asarray(step) / self.decay_steps, 0.0, 1.0)
+        return jnp.where(jnp.asarray(step) >= self.from_step, weight, 0.0) if self.from_step else weight
+
+    def check(self, context: TermContext) -> None:
+        """Raises UsageError where the term does not fit the model."""
+
+    def warnings(self, context: TermContext, trained: frozenset[str]) -> tuple[str, ...]:
+        """Warnings about settings that are allowed and likely to go wrong; `trained` names the terms above weight 0."""
+        return ()
+
+    def modules(self, context: TermContext, precision: Precision) -> dict[str, Callable[[nnx.Rngs], nnx.Module]]:
+        """Builders of the modules that only this term needs, by the name of their weights; inference drops them."""
+        return {}
+
+    def samples_needed(self, context: TermContext) -> int:
+        """Number of samples of the head that the term reads."""
+        return context.num_samples if self.trains_head else 0
+
+    def flops(self, context: TermContext) -> int:
+        """Forward FLOPs at one position, beside language model and samples."""
+        return 0
+
+    def values(self, inputs: TermInputs) -> dict[str, Array]:
+        """The term under its own name, unweighted, and values to log beside it."""
+        raise NotImplementedError
+
+
+@Term.register("energy")
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EnergyTerm(Term):
+    """The energy score of the samples against the posterior of the next chunk: the paper's only term."""
+
     num_draws: int = 100
     """M, draws of the target, where the fidelity draws"""
     alpha: float = 1.0
     """exponent of the energy score, in (0, 2)"""
     fidelity: Fidelity = "second_order"
-    energy_weight: float = 1.0
-    """weight of the energy score, the paper's only term"""
-    energy_from_step: int = 0
-    """step before which the energy term is off, so that the other terms train the backbone first"""
-    own_weight: float = 1.0
-    """weight of the head's own loss, for a head that has one (flow matching, diffusion, mixture)"""
-    auxiliary_weight: float = 0.0
-    """weight of the auxiliary K-token cross-entropy from the hidden state (calm.heads.ChunkPredictor)"""
-    auxiliary_decay_steps: int = 0
-    """steps over which that weight falls linearly to 0; 0 = it stays"""
-    anchor_weight: float = 0.0
-    """weight of the squared error, summed over Z, of a linear map from the hidden state to the next posterior mean"""
-    likelihood_weight: float = 0.0
-    """weight of -log mean_s p(chunk | latent s), by the context decoder where there is one, else by the frozen autoencoder; per
-    token. Its samples want drawn decoding"""
-    likelihood_samples: int = 4
-    """how many of the S samples that mean is over"""
-    slot_energy_weight: float = 0.0
-    """weight of an energy score for each token slot, in the autoencoder's hidden states before the logits"""
-    direction_weight: float = 0.0
-    """weight of 1 - cos between predicted and true displacement, to the next posterior mean (calm.heads.direction)"""
-    direction_from: DirectionFrom = "previous"
-    """what displacements start at: the posterior mean of the chunk before, or the noise of a gated head"""
+
+    trains_head: ClassVar[bool] = True
+    compares_latents: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.num_draws < 1:
+            raise UsageError(f"loss: energy.num_draws must be at least 1, got {self.num_draws}")
+        if not 0 < self.alpha < 2:
+            raise UsageError(f"loss: energy.alpha must lie in (0, 2), got {self.alpha}")
+
+    def warnings(self, context: TermContext, trained: frozenset[str]) -> tuple[str, ...]:
+        if not self.weight or self.alpha >= 1:
+            return ()
+        return (f"loss.terms.energy.alpha={self.alpha} is below 1: the score's slope grows without bound where samples meet",)
+
+    def values(self, inputs: TermInputs) -> dict[str, Array]:
+        sizes = dict(num_draws=self.num_draws, alpha=self.alpha, fidelity=self.fidelity)
+        fidelity, diversity = energy_parts(inputs.samples, inputs.posterior, stream(inputs.key, "targets"), **sizes)
+        return {
+            "energy": inputs.mean(2 * fidelity - diversity),
+            "fidelity": inputs.mean(fidelity),
+            "diversity": inputs.mean(diversity),
+            "fidelity_at": fidelity.mean(0),
+        }
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LatentLossConfig:
+    """The objective of stage 2: terms over one shared set of S samples. CALM has the energy alone."""
+
+    num_samples: int = 8
+    """S, samples of the head per position"""
+    terms: dict[str, Term] = dataclasses.field(default_factory=lambda: FrozenDict(energy=EnergyTerm()))
+    """the terms by name; each owns its weight"""
 
     def __post_init__(self) -> None:
         if self.num_samples < 2:
             raise UsageError(f"loss: num_samples must be at least 2, got {self.num_samples}")
-        if self.num_draws < 1:
-            raise UsageError(f"loss: num_draws must be at least 1, got {self.num_draws}")
-        if not 0 < self.alpha < 2:
-            raise UsageError(f"loss: alpha must lie in (0, 2), got {self.alpha}")
-        weights = (
-            "energy_weight",
-            "own_weight",
-            "auxiliary_weight",
-            "anchor_weight",
-            "likelihood_weight",
-            "slot_energy_weight",
-            "direction_weight",
-        )
-        for name in (*weights, "auxiliary_decay_steps", "energy_from_step"):
-            if getattr(self, name) < 0:
-                raise UsageError(f"loss: {name} must not be negative, got {getattr(self, name)}")
-        if self.likelihood_weight and not 1 <= self.likelihood_samples <= self.num_samples:
-            raise UsageError(f"loss: likelihood_samples must lie in 1..num_samples={self.num_samples}")
+        order = {name: place for place, name in enumerate(Term.names())}
+        ordered = sorted(self.terms.items(), key=lambda item: (order.get(item[0], len(order)), item[0]))
+        if wrong := [name for name, term in ordered if name != term.kind]:
+            raise UsageError(f"loss: terms.{wrong[0]} holds a term of kind {self.terms[wrong[0]].kind!r}")
+        object.__setattr__(self, "terms", FrozenDict(ordered))
 
-    def auxiliary_weight_at(self, step: int | Int[Array, ""]) -> Float[Array, ""]:
-        """The auxiliary term's weight at a step."""
-        if not self.auxiliary_decay_steps:
-            return jnp.float32(self.auxiliary_weight)
-        return self.auxiliary_weight * jnp.clip(1 - jnp.asarray(step) / self.auxiliary_decay_steps, 0.0, 1.0)
+    @classmethod
+    def of(cls, *terms: Term, num_samples: int = 8) -> "LatentLossConfig":
+        """The objective of these terms."""
+        return cls(num_samples=num_samples, terms=FrozenDict({term.kind: term for term in terms}))
 
-    def energy_weight_at(self, step: int | Int[Array, ""]) -> Float[Array, ""]:
-        """The energy term's weight at a step."""
-        return jnp.where(jnp.asarray(step) >= self.energy_from_step, self.energy_weight, 0.0)
+    def with_terms(self, *terms: Term) -> "LatentLossConfig":
+        """The same objective with these terms added, or in the place of those of their name."""
+        return dataclasses.replace(self, terms=FrozenDict(self.terms | {term.kind: term for term in terms}))
+
+    def without(self, *names: str) -> "LatentLossConfig":
+        """The same objective without the terms of these names."""
+        return dataclasses.replace(self, terms=FrozenDict({n: term for n, term in self.terms.items() if n not in names}))
+
+    def weight(self, name: str) -> float:
+        """The weight of a term; 0 where there is none."""
+        return self.terms[name].weight if name in self.terms else 0.0
 
 
 class LatentObjective:
     """Weighted terms over one set of samples, against the frozen autoencoder's posterior of the next chunk. Each is a mean over
     the chunks that count (`calm.core.response_mask`).
 
-    The trained weights are a dictionary: `lm`, and what only a term needs (`auxiliary`, `anchor`), which inference drops.
+    The trained weights are a dictionary: `lm`, and the modules of single terms, which inference drops.
     """
 
     def __init__(
@@ -212,57 +292,39 @@ class LatentObjective:
         context: int,
         precision: Precision = "float32",
     ):
-        self.model, self.terms, self.precision, self.context = model, loss, precision, context
-        self.autoencoder = autoencoder.config
-        for name in ("vocab_size", "chunk_size", "latent_dim"):
-            if getattr(model, name) != getattr(autoencoder.config, name):
-                theirs = getattr(autoencoder.config, name)
-                raise UsageError(f"{name}={getattr(model, name)} of the LM does not match the autoencoder's {theirs}")
-        self.has_own_loss = hasattr(model.head, "loss_flops")
-        self._check_terms()
+        model.require_sizes_of(autoencoder.config)
+        self.model, self.terms, self.precision, self.context = model, loss.terms, precision, context
+        self.term_context = TermContext(model, autoencoder.config, loss.num_samples)
+        for term in self.terms.values():
+            term.check(self.term_context)
+        if model.decoder_reads_latent and not any(term.weight and term.trains_head for term in self.terms.values()):
+            raise UsageError(
+                "loss: no term trains the head; add energy, own or likelihood to loss.terms, with a weight above 0"
+            )
+        if model.context_decoder is not None and not loss.weight("likelihood"):
+            raise UsageError("loss.terms.likelihood must have a weight above 0: nothing else trains the context decoder")
         self.autoencoder_graphdef, self.frozen = nnx.split(autoencoder)
         self.graphdefs = {
             name: nnx.graphdef(nnx.eval_shape(lambda build=build: build(nnx.Rngs(0))))
             for name, build in self._builders().items()
         }
 
-    def _check_terms(self) -> None:
-        loss, writer = self.terms, self.model.context_decoder
-        if writer is not None and not loss.likelihood_weight:
-            raise UsageError("loss.likelihood_weight must be above 0: nothing else trains the context decoder")
-        if loss.direction_weight and loss.direction_from == "noise" and not isinstance(self.model.head, GatedEnergyHeadConfig):
-            raise UsageError('loss.direction_from="noise" needs a head of kind GatedEnergyHeadConfig; others take "previous"')
-        by_samples = loss.energy_weight or loss.slot_energy_weight or loss.direction_weight
-        head_trains = by_samples or (self.has_own_loss and loss.own_weight)
-        by_likelihood = loss.likelihood_weight and (writer is None or writer.use_latent)
-        if not head_trains and not by_likelihood and (writer is None or writer.use_latent):
-            raise UsageError("loss: no term trains the head; raise energy_weight, own_weight or likelihood_weight")
-
     @property
     def warnings(self) -> tuple[str, ...]:
-        """What is allowed and likely to go wrong, in words; said when a run begins."""
-        said, loss = [], self.terms
-        if loss.energy_weight and loss.alpha < 1:
-            said.append(f"loss.alpha={loss.alpha} is below 1: the score's slope grows without bound where samples meet")
-        if loss.direction_weight and not (loss.energy_weight or loss.likelihood_weight):
-            said.append("loss.direction_weight without energy_weight turns latents and leaves their length free")
-        return tuple(said)
+        """Warnings about settings that are allowed and likely to go wrong; printed when a run begins."""
+        trained = frozenset(name for name, term in self.terms.items() if term.weight)
+        return tuple(text for term in self.terms.values() for text in term.warnings(self.term_context, trained))
 
     @property
     def divergence_hint(self) -> str:
-        """What of this objective may be behind a loss that stopped being finite."""
-        return f"loss.alpha is {self.terms.alpha}; 1 is the safest" if self.terms.energy_weight else ""
+        """A setting of this objective that may explain a loss that is not finite."""
+        energy = self.terms.get("energy")
+        return f"loss.terms.energy.alpha is {energy.alpha}; 1 is the safest" if energy is not None and energy.weight else ""
 
-    def _builders(self) -> dict[str, Any]:
+    def _builders(self) -> dict[str, Callable[[nnx.Rngs], nnx.Module]]:
         builders: dict[str, Any] = {"lm": lambda rngs: self.model.build(rngs=rngs, precision=self.precision)}
-        dim = self.model.backbone.dim
-        if self.terms.auxiliary_weight:
-            sizes = (dim, self.model.chunk_size, self.autoencoder.dim)
-            builders["auxiliary"] = lambda rngs: ChunkPredictor(*sizes, precision=self.precision, rngs=rngs)
-        if self.terms.anchor_weight:
-            builders["anchor"] = lambda rngs: Dense(
-                dim, self.model.latent_dim, use_bias=True, precision=self.precision, rngs=rngs
-            )
+        for term in self.terms.values():
+            builders |= term.modules(self.term_context, self.precision)
         return builders
 
     def init(self, key: PRNGKey) -> Any:
@@ -274,114 +336,41 @@ class LatentObjective:
 
     @property
     def samples_needed(self) -> int:
-        """How many samples of the head a step draws."""
-        writer, loss = self.model.context_decoder, self.terms
-        if loss.energy_weight or loss.slot_energy_weight or loss.direction_weight:
-            return loss.num_samples
-        return loss.likelihood_samples if loss.likelihood_weight and (writer is None or writer.use_latent) else 0
+        """Number of samples of the head that a step draws."""
+        return max((term.samples_needed(self.term_context) for term in self.terms.values()), default=0)
 
     def loss(
         self, params: Any, frozen: Any, tokens: Int[Array, "B T"], key: PRNGKey, step: int | Int[Array, ""] = 0
     ) -> tuple[Float[Array, ""], Terms]:
-        lm, weigh = self.module(params), self.terms
+        """The sum of the weighted terms, and each of them unweighted, with their metrics."""
+        inputs = self._inputs(params, frozen, tokens, key)
+        loss, measured = jnp.float32(0), {}
+        for name, term in self.terms.items():
+            values = term.values(inputs)
+            measured |= values
+            if term.weight:
+                loss += term.weight_at(step) * values[name]
+        return loss, measured | inputs.lm.head.measures(inputs.hidden)
+
+    def _inputs(self, params: Any, frozen: Any, tokens: Int[Array, "B T"], key: PRNGKey) -> TermInputs:
+        lm = self.module(params)
         autoencoder = nnx.merge(self.autoencoder_graphdef, frozen)
         tokens, counted = split_mask(tokens)
         chunks, weights = as_chunks(tokens, self.model.chunk_size), target_weights(counted, self.model.chunk_size)
-        targets = chunks[:, 1:]
-
-        def mean(of_position: Float[Array, "B N"]) -> Float[Array, ""]:
-            return (of_position * weights).sum()
-
-        posterior = jax.lax.stop_gradient(autoencoder.encode(targets))
+        posterior = jax.lax.stop_gradient(autoencoder.encode(chunks[:, 1:]))
         hidden, _ = lm.hidden(chunks[:, :-1], autoencoder=autoencoder)
-        terms: Terms = {}
-        loss = jnp.float32(0)
-        samples = noise = jnp.zeros((0, *posterior.mean.shape))
+        noise = samples = jnp.zeros((0, *posterior.mean.shape))
         if self.samples_needed:
             noise = lm.head.draw_noise(stream(key, "head"), (self.samples_needed, *hidden.shape[:-1]))
             samples = lm.head(hidden, noise)
-        if weigh.energy_weight or weigh.direction_weight:  # beside a direction term alone it is measured
-            sizes = dict(num_draws=weigh.num_draws, alpha=weigh.alpha, fidelity=weigh.fidelity)
-            fidelity, diversity = energy_parts(samples, posterior, stream(key, "targets"), **sizes)
-            terms |= {"fidelity": mean(fidelity), "diversity": mean(diversity), "fidelity_at": fidelity.mean(0)}
-            terms["energy"] = mean(2 * fidelity - diversity)
-            loss += weigh.energy_weight_at(step) * terms["energy"] if weigh.energy_weight else 0
-            if weigh.direction_weight or isinstance(lm.head, GatedEnergyHead):  # beside a gate it is measured
-                origin = self._origin(autoencoder, lm, noise, chunks, posterior.mean)
-                terms["direction"] = mean(direction_loss(samples, posterior.mean, origin))
-            loss += weigh.direction_weight * terms["direction"] if weigh.direction_weight else 0
-        if self.has_own_loss and weigh.own_weight:
-            terms["own"] = mean(head_loss(lm.head)(stream(key, "own"), hidden, posterior))
-            loss += weigh.own_weight * terms["own"]
-        if weigh.auxiliary_weight:
-            auxiliary = nnx.merge(self.graphdefs["auxiliary"], params["auxiliary"])
-            terms["auxiliary"] = auxiliary.loss(hidden, targets, jax.lax.stop_gradient(autoencoder.table), weights)
-            loss += weigh.auxiliary_weight_at(step) * terms["auxiliary"]
-        if weigh.anchor_weight:
-            anchor = nnx.merge(self.graphdefs["anchor"], params["anchor"])
-            terms["anchor"] = mean(jnp.square(anchor(hidden) - posterior.mean).sum(-1))
-            loss += weigh.anchor_weight * terms["anchor"]
-        if weigh.slot_energy_weight:
-            latents = posterior.sample(stream(key, "slots"))
-            terms["slot_energy"] = mean(slot_energy(autoencoder, samples, latents, weigh.alpha))
-            loss += weigh.slot_energy_weight * terms["slot_energy"]
-        if weigh.likelihood_weight:
-            some = samples[: weigh.likelihood_samples]
-            terms["likelihood"] = self._likelihood(autoencoder, lm, hidden, some, chunks, weights)
-            loss += weigh.likelihood_weight * terms["likelihood"]
-        return loss, terms | gate_measures(lm.head, hidden)
-
-    def _origin(
-        self, autoencoder: Autoencoder, lm: LatentLM, noise: Array, chunks: Int[Array, "B M K"], target: Float[Array, "B N Z"]
-    ) -> Float[Array, "*s B N Z"]:
-        """Where displacements start: the noise of each sample, or the mean of the chunk before each target."""
-        if self.terms.direction_from == "noise":
-            assert isinstance(lm.head, GatedEnergyHead)
-            return lm.head.latent_noise(noise)
-        first = jax.lax.stop_gradient(autoencoder.encode(chunks[:, :1]).mean)
-        return jnp.concatenate([first, target[:, :-1]], axis=1)
-
-    def _likelihood(
-        self,
-        autoencoder: Autoencoder,
-        lm: LatentLM,
-        hidden: Float[Array, "B N D"],
-        samples: Float[Array, "S B N Z"],
-        chunks: Int[Array, "B M K"],
-        weights: Float[Array, "B N"],
-    ) -> Float[Array, ""]:
-        """-log mean_s p(chunk | latent s) per token."""
-        writer, targets = lm.context_decoder, chunks[:, 1:]
-        if writer is None:
-            states, table = autoencoder.decode_states(samples), jax.lax.stop_gradient(autoencoder.table)
-        else:
-            plan = writer.plan(hidden, samples if writer.config.use_latent else None)
-            states = writer.over_text(plan, chunks)
-            table = writer.table
-        return log_mean_nats(states, table, targets, self.precision, weights, table_gradient=writer is not None)
+        modules = {name: nnx.merge(self.graphdefs[name], params[name]) for name in params if name != "lm"}
+        return TermInputs(lm, autoencoder, chunks, weights, hidden, posterior, noise, samples, modules, key)
 
     def flops_per_token(self) -> float:
         """Forward and backward FLOPs per token of the trained parts, and the frozen encoder's forward pass."""
-        model, table, weigh = self.model, self.autoencoder, self.terms
-        added = 0  # by the terms, forward, at one position
-        if self.has_own_loss and weigh.own_weight:
-            head: Any = model.head
-            added += head.loss_flops(model.backbone.dim, model.latent_dim)
-        if weigh.auxiliary_weight:
-            added += dense_flops(model.backbone.dim, model.chunk_size * table.dim) + table.vocabulary_flops()
-        if weigh.anchor_weight:
-            added += dense_flops(model.backbone.dim, model.latent_dim)
-        if weigh.slot_energy_weight:
-            added += (weigh.num_samples + 1) * table.decoder_flops()
-        if weigh.likelihood_weight:
-            count = weigh.likelihood_samples
-            if model.context_decoder is None:
-                added += count * (table.decoder_flops() + table.vocabulary_flops())
-            else:
-                added += model.writing_flops(count if model.context_decoder.use_latent else 1)
-        # As a target, where a term has one, and where the stem reads latents.
-        by_samples = weigh.energy_weight or weigh.slot_energy_weight or weigh.direction_weight
-        aims = by_samples or weigh.anchor_weight or (self.has_own_loss and weigh.own_weight)
-        encoded = bool(aims) + (model.stem != "discrete")
-        trained = model.training_flops(self.context, self.samples_needed) + 3 * added
-        return (trained + encoded * table.encoder_flops()) / model.chunk_size
+        trained = [term for term in self.terms.values() if term.weight]
+        added = sum(term.flops(self.term_context) for term in trained)
+        # The encoder runs for targets, where a term compares latents, and where the stem reads latents.
+        encoded = any(term.compares_latents for term in trained) + (self.model.stem != "discrete")
+        of_model = self.model.training_flops(self.context, self.samples_needed) + 3 * added
+        return (of_model + encoded * self.term_context.autoencoder.encoder_flops()) / self.model.chunk_size

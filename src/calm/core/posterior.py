@@ -1,16 +1,34 @@
-"""What the encoder says of a chunk: the law of its latent.
+"""The interface of an encoder's posterior, the distribution of a chunk's latent, and the family of its kinds."""
 
-Every law answers to the same names, so that what takes one takes any: `mean` and `std` (of a draw, per dimension), `sample`,
-`draws`, `kl` and `log_prob` (one value per dimension; their sum is the chunk's), and what the energy score asks of its target,
-`shared_noise`, `squared_distances` and `squared_distance_moments`. `of` makes one of a network's outputs, `onto` brings any
-vector to where its latents lie.
-"""
+from typing import Any, Protocol, runtime_checkable
 
-from typing import Literal
+from jaxtyping import Array, Float
 
-from calm.core.gaussian import Gaussian as Gaussian
-from calm.posteriors.power_spherical import PowerSpherical as PowerSpherical
+from calm.registry import Registered
+from calm.rng import PRNGKey
 
-Posterior = Gaussian | PowerSpherical
-PosteriorKind = Literal["gaussian", "power_spherical"]
-POSTERIORS: dict[PosteriorKind, type[Posterior]] = {"gaussian": Gaussian, "power_spherical": PowerSpherical}
+
+@runtime_checkable
+class Posterior(Protocol):
+    """A distribution over latents `[*b Z]`, a NamedTuple of arrays.
+
+    It has `mean` and `std` (of a draw, per dimension), and for the energy score `shared_noise`, `squared_distances` and
+    `squared_distance_moments`. `kl` and `log_prob` give one value per dimension; their sum is the chunk's. The class has
+    `outputs(Z)`, the number of values that describe one, `of(outputs)`, which makes one of a network's outputs, and
+    `onto(latents)`, which maps any vector to where latents of this kind lie.
+    """
+
+    def sample(self, key: PRNGKey) -> Float[Array, "*b Z"]: ...
+
+    def draws(self, key: PRNGKey, num_draws: int) -> Float[Array, "M *b Z"]: ...
+
+    def kl(self) -> Float[Array, "*b Z"]: ...
+
+
+class Posteriors(Registered, family="posterior"):
+    """The kinds of posterior, by name: `Posteriors.member("gaussian")`."""
+
+
+def posterior_class(kind: str) -> Any:
+    """The class of a kind of posterior. Raises UsageError for an unknown kind."""
+    return Posteriors.member(kind)

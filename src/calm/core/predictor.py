@@ -1,31 +1,28 @@
-"""What generation and evaluation ask of a model: the next chunk as a deterministic map from (hidden, noise)."""
+"""The interface that generation and evaluation require of a model: (hidden, noise) -> next chunk, deterministically."""
 
-from typing import Any, Literal, NamedTuple, Protocol, get_args, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from calm.core.autoencoder import Autoencoder
-from calm.core.cross_entropy import target_log_prob
-from calm.core.decoder import ScoringTable, best_token, draw_token
+from calm.core.chunk_decoder import DECODINGS as DECODINGS
+from calm.core.chunk_decoder import Decoding, FrozenDecoder, token_log_probs
 from calm.core.dense import Precision
 from calm.core.latent_lm import LatentLM
+from calm.core.vocabulary import ScoringTable
 from calm.errors import UsageError
 from calm.rng import PRNGKey, stream
-
-Decoding = Literal["argmax", "drawn"]
-DECODINGS: tuple[Decoding, ...] = get_args(Decoding)
 
 
 class Noise(NamedTuple):
     """All the randomness of one sample of a chunk."""
 
     latent: Float[Array, "*s E"] | None
-    """what the head turns into a latent; none for a model without latents"""
+    """the head's noise; none for a model without latents"""
     uniforms: Float[Array, "*s K 2"] | None
-    """what draws tokens from a distribution over the vocabulary; none where the most probable token is taken"""
+    """uniform numbers that draw tokens from the decoder's softmax; none where the most probable token is taken"""
 
 
 @runtime_checkable
@@ -40,7 +37,7 @@ class Predictor(Protocol):
 
     @property
     def decoding(self) -> Decoding:
-        """How its tokens are to be chosen unless someone asks otherwise."""
+        """The choice of tokens it was trained for, and the default everywhere."""
         ...
 
     @property
@@ -51,17 +48,17 @@ class Predictor(Protocol):
 
     @property
     def reach(self) -> int:
-        """How many of the tokens before a chunk `write` is given, besides the hidden state that has read them all."""
+        """Number of tokens before a chunk that `write` takes beside the hidden state."""
         ...
 
     @property
     def num_layers(self) -> int:
-        """Layers that a state is stacked over, which generation takes apart: periods of the backbone's pattern."""
+        """Length of the stack of layers, which generation takes apart."""
         ...
 
     @property
     def table(self) -> Float[Array, "V W"]:
-        """What the states before the logits are multiplied with."""
+        """The table whose product with the last states are the logits."""
         ...
 
     def init_state(
@@ -69,7 +66,7 @@ class Predictor(Protocol):
     ) -> Any: ...
 
     def fork(self, state: Any, ends: Int[Array, "A"], num_branches: int, capacity: int) -> Any:
-        """Branches of a rewindable state from behind its first `ends[a]` chunks each (`calm.nn.Backbone.fork`)."""
+        """Branches of a rewindable state, each from after its first `ends[a]` chunks (`Backbone.fork`)."""
         ...
 
     def rewind(self, state: Any, position: int | Int[Array, ""]) -> Any:
@@ -102,20 +99,26 @@ class NextVector(nnx.Module):
     """
 
     def __init__(self, autoencoder: Autoencoder, lm: LatentLM):
-        for name in ("chunk_size", "vocab_size", "latent_dim"):
-            ours, theirs = getattr(lm.config, name), getattr(autoencoder.config, name)
-            if ours != theirs:
-                raise UsageError(
-                    f"the language model has {name}={ours} and the autoencoder {theirs}: they were not trained together"
-                )
+        lm.config.require_sizes_of(autoencoder.config)
         if lm.precision != autoencoder.precision:
             raise UsageError(f"the language model computes in {lm.precision}, the autoencoder in {autoencoder.precision}")
         self.autoencoder, self.lm, self.precision = autoencoder, lm, lm.precision
 
     @property
+    def decoder(self) -> Any:
+        """The `ChunkDecoder` of this model: the language model's own, or the frozen autoencoder's."""
+        own = self.lm.context_decoder
+        return FrozenDecoder(self.autoencoder) if own is None else own
+
+    @property
     def decoding(self) -> Decoding:
-        """How its tokens are to be chosen: drawn where a likelihood trained what writes them, else the most probable."""
-        return "argmax" if self.lm.context_decoder is None else "drawn"
+        """The choice of tokens it was trained for."""
+        return self.decoder.decoding
+
+    @property
+    def has_latents(self) -> bool:
+        """Whether its tokens depend on the sampled latent."""
+        return self.decoder.reads_latent
 
     @property
     def vocab_size(self) -> int:
@@ -127,8 +130,7 @@ class NextVector(nnx.Module):
 
     @property
     def reach(self) -> int:
-        writer = self.lm.context_decoder
-        return 0 if writer is None else writer.config.reach
+        return self.decoder.reach
 
     @property
     def num_layers(self) -> int:
@@ -136,16 +138,15 @@ class NextVector(nnx.Module):
 
     @property
     def table(self) -> Float[Array, "V W"]:
-        """Of the context decoder where there is one, else of the autoencoder."""
-        writer = self.lm.context_decoder
-        return self.autoencoder.table if writer is None else writer.table
+        """The decoder's token table."""
+        return self.decoder.table
 
     def init_state(self, batch: int, context: int, starts: Int[Array, "B"] | None = None, *, rewindable: bool = False) -> Any:
         """The state before the first chunk, with room for `context` chunks; row b begins at chunk `starts[b]`."""
         return self.lm.init_state(batch, context, starts, rewindable=rewindable)
 
     def fork(self, state: Any, ends: Int[Array, "A"], num_branches: int, capacity: int) -> Any:
-        """Branches of a rewindable state, from behind its first `ends[a]` chunks each."""
+        """Branches of a rewindable state, each from after its first `ends[a]` chunks."""
         return self.lm.fork(state, ends, num_branches, capacity)
 
     def rewind(self, state: Any, position: int | Int[Array, ""]) -> Any:
@@ -188,17 +189,9 @@ class NextVector(nnx.Module):
         table: ScoringTable | None = None,
     ) -> Int[Array, "S *b K"]:
         """The second half of `write`: one chunk for each latent."""
-        writer = self.lm.context_decoder
-        if writer is not None:
-            plan = writer.plan(hidden, latents if writer.config.use_latent else None)
-            plan = jnp.broadcast_to(plan, (len(latents), *plan.shape[1:]))
-            return writer.write(plan, previous, uniforms if decoding == "drawn" else None, table)
-        states = self.autoencoder.decode_states(latents)
-        scoring = self.table if table is None else table
-        if decoding == "argmax":
-            return best_token(states, scoring, self.precision)
-        assert uniforms is not None
-        return draw_token(uniforms, states, scoring, self.precision)
+        if decoding == "drawn":
+            assert uniforms is not None
+        return self.decoder.write_chunks(hidden, previous, latents, uniforms if decoding == "drawn" else None, table)
 
     def token_log_probs(
         self,
@@ -207,20 +200,11 @@ class NextVector(nnx.Module):
         latents: Float[Array, "S *b Z"],
         targets: Int[Array, "*b K"],
     ) -> Float[Array, "S *b K"]:
-        """log p(token | latent) in nats of each token of the target, for each latent: what `write` draws from.
+        """log p(token | latent) in nats of each token of the target, for each latent: the distribution `write` draws from.
 
         A context decoder's tokens are given the target's tokens before them as well.
         """
-        writer = self.lm.context_decoder
-        if writer is None:
-            states = self.autoencoder.decode_states(latents)
-        else:
-            plan = writer.plan(hidden, latents if writer.config.use_latent else None)
-            states = writer.teacher_forced(plan, previous, targets)
-            states = jnp.broadcast_to(states, (len(latents), *states.shape[1:]))
-        wanted = jnp.broadcast_to(targets, states.shape[:-1])
-        flat = target_log_prob(states.reshape(-1, states.shape[-1]), self.table, wanted.reshape(-1), self.precision)
-        return flat.reshape(wanted.shape)
+        return token_log_probs(self.decoder, hidden, previous, latents, targets, self.precision)
 
 
 def sample_chunks(

@@ -15,15 +15,14 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from calm.core import repetition
-from calm.core.decoder import ScoringTable
+from calm.core.chunk_decoder import recent_tokens
 from calm.core.dense import operand
 from calm.core.predictor import Predictor
 from calm.core.sampler import Sampler, StepKeys
 from calm.core.unrolled import unrolled, unstack
-from calm.decoders.context_decoder import recent_tokens
+from calm.core.vocabulary import ScoringTable
 from calm.errors import UsageError
 from calm.text.chunking import NOTHING
-from calm.token.model import TokenLM
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -167,10 +166,11 @@ class ModelSource:
         return repetition.repeats(self.history, chunks, length)
 
     def logits(self) -> Float[Array, "B V"]:
-        """Of a model that knows them (`calm.models.TokenLM`); banned tokens have minus infinity."""
-        if not isinstance(self.predictor, TokenLM):
+        """Logits of the next token, of a model that has them; banned tokens have minus infinity."""
+        logits = getattr(self.predictor, "logits", None)
+        if logits is None:
             raise UsageError("this sampler needs probabilities, which only a token model has; use one that draws")
-        return self.predictor.logits(self.hidden, self.table)
+        return logits(self.hidden, self.table)
 
 
 def advance(recipe: Recipe, weights: Weights, keys: StepKeys, progress: Progress) -> tuple[Progress, Int[Array, "B K"]]:

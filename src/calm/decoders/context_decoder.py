@@ -1,4 +1,4 @@
-"""A small autoregressive decoder inside the chunk: the latent is the plan, the decoder the hand that writes it.
+"""A small autoregressive decoder inside the chunk, conditioned on latent, hidden state and the tokens before each place.
 
 The tokens of a chunk share several nats that a latent cannot carry at small scale: the energy score gives little gradient for
 them, and log-mean likelihood over S samples can gain at most log S (docs/log.md). A small network that sees the hidden state,
@@ -16,26 +16,19 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from calm.core.decoder import ScoringTable, best_token, draw_token
+from calm.core.chunk_decoder import DecoderConfig, Decoding, recent_tokens
 from calm.core.dense import Dense, Precision, dense_flops
 from calm.core.mlp import ResidualSwiGLU, SwiGLU
 from calm.core.stack import Stack
+from calm.core.vocabulary import ScoringTable, best_token, draw_token
 from calm.decoders.recall import Memory, Recall
 from calm.errors import UsageError
 from calm.text.chunking import NOTHING
 
 
-def recent_tokens(chunks: Int[Array, "*b N K"], reach: int) -> Int[Array, "*b N w"]:
-    """The last `reach` tokens up to the end of each chunk; `NOTHING` before the first."""
-    *lead, length, size = chunks.shape
-    tokens = chunks.reshape(*lead, length * size)
-    tokens = jnp.pad(tokens, [(0, 0)] * len(lead) + [(reach, 0)], constant_values=NOTHING)
-    ends = size * jnp.arange(1, length + 1)
-    return tokens[..., ends[:, None] + jnp.arange(reach)]
-
-
+@DecoderConfig.register("context")
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ContextDecoderConfig:
+class ContextDecoderConfig(DecoderConfig):
     """Sizes of the decoder inside the chunk."""
 
     dim: int = 256
@@ -63,8 +56,16 @@ class ContextDecoderConfig:
 
     @property
     def reach(self) -> int:
-        """How many tokens before a chunk it is given: its window, and in front of it what can be recalled."""
+        """Number of tokens before a chunk that are passed in: the window, and before it what can be recalled."""
         return self.window + self.recall
+
+    @property
+    def reads_latent(self) -> bool:
+        return self.use_latent
+
+    @property
+    def reads_hidden(self) -> bool:
+        return self.use_hidden
 
     def build(
         self,
@@ -130,8 +131,47 @@ class ContextDecoder(nnx.Module):
     def table(self) -> Float[Array, "V W"]:
         return self.embedding[...]
 
+    @property
+    def reach(self) -> int:
+        return self.config.reach
+
+    @property
+    def reads_latent(self) -> bool:
+        return self.config.use_latent
+
+    @property
+    def reads_hidden(self) -> bool:
+        return self.config.use_hidden
+
+    @property
+    def decoding(self) -> Decoding:
+        """Drawn: a decoder that is trained by its likelihood is to be sampled from."""
+        return "drawn"
+
+    def write_chunks(
+        self,
+        hidden: Float[Array, "*b D"],
+        previous: Int[Array, "*b w"],
+        latents: Float[Array, "S *b Z"],
+        uniforms: Float[Array, "S *b K 2"] | None,
+        table: ScoringTable | None = None,
+    ) -> Int[Array, "S *b K"]:
+        """K tokens one after the other for each latent, each drawn, or the most probable ones without uniforms."""
+        plan = self.plan(hidden, latents)
+        return self.write(jnp.broadcast_to(plan, (len(latents), *plan.shape[1:])), previous, uniforms, table)
+
+    def target_states(
+        self,
+        hidden: Float[Array, "*b D"],
+        previous: Int[Array, "*b w"],
+        latents: Float[Array, "S *b Z"],
+        targets: Int[Array, "*b K"],
+    ) -> Float[Array, "S *b K W"]:
+        states = self.teacher_forced(self.plan(hidden, latents), previous, targets)
+        return jnp.broadcast_to(states, (len(latents), *states.shape[1:]))
+
     def plan(self, hidden: Float[Array, "*b D"], latents: Float[Array, "S *b Z"] | None) -> Float[Array, "X *b d"]:
-        """What every place of the chunk shares, for each latent; one plan where the decoder reads none."""
+        """The input that all places of the chunk share, for each latent; one for all where the decoder reads no latent."""
         parts = []
         if self.from_hidden is not None:
             parts.append(self.from_hidden(hidden)[None])
@@ -184,6 +224,12 @@ class ContextDecoder(nnx.Module):
         """`teacher_forced` of every chunk of a text but the first, in which likenesses are worked out once."""
         recalled = None if self.recall is None else self.recall.over_text(self.table, chunks)
         return self._all_places(plan, recent_tokens(chunks[..., :-1, :], self.config.window), chunks[..., 1:, :], recalled)
+
+    def text_states(
+        self, hidden: Float[Array, "B N D"], latents: Float[Array, "S B N Z"], chunks: Int[Array, "B M K"]
+    ) -> Float[Array, "X B N K W"]:
+        """`target_states` of every chunk of a text but the first, for training; X = 1 where no latent is read."""
+        return self.over_text(self.plan(hidden, latents), chunks)
 
     def _all_places(
         self,

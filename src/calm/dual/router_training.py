@@ -19,9 +19,9 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from calm.core.brier_lm import ORDERS, TextProtocol, brier_intervals
+from calm.core.chunk_decoder import recent_tokens
 from calm.core.intervals import bootstrap
 from calm.core.predictor import NextVector
-from calm.decoders.context_decoder import recent_tokens
 from calm.dual.router import Router, RouterConfig
 from calm.dual.routing_report import RoutingPoint, RoutingReport
 from calm.errors import UsageError

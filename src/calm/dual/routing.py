@@ -15,12 +15,12 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from calm.core import steps
-from calm.core.backbone import BackboneState
 from calm.core.generate import HasSpecialIds
 from calm.core.mixer import Window
 from calm.core.predictor import Predictor
 from calm.core.sampler import PlainSampler, Sampler
 from calm.core.steps import Model, ModelSource, Weights, step_keys
+from calm.core.transformer import BackboneState
 from calm.dual.drafting import checked_models, lay_out, mask_of
 from calm.dual.router import Router
 from calm.dual.row_text import begins_before, tokens_before

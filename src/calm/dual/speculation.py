@@ -14,11 +14,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from calm.core.backbone import BackboneState
 from calm.core.dense import operand, product
 from calm.core.mixer import Window
 from calm.core.predictor import NextVector
 from calm.core.steps import Model, Weights, step_keys
+from calm.core.transformer import BackboneState
 from calm.core.unrolled import unstack
 from calm.decoders.recall import Memory
 from calm.dual.acceptance import accept_or_resample, keep_matching

@@ -17,9 +17,9 @@ from jaxtyping import Array, Float, Int
 
 from calm.core.brier_lm import ORDERS, Before, Decoding, TextProtocol, brier_argmax, brier_drawn_from_latents, brier_known
 from calm.core.brier_lm import Protocol as BrierProtocol
+from calm.core.chunk_decoder import recent_tokens
 from calm.core.energy_score import energy_loss
 from calm.core.predictor import NextVector, Predictor
-from calm.decoders.context_decoder import recent_tokens
 from calm.errors import UsageError
 from calm.evaluate.blocks import checked, run_blocks, sums_of
 from calm.evaluate.boundaries import Phase, phases_of, targets_at

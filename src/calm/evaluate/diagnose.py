@@ -11,14 +11,13 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from calm.core import generate
 from calm.core.brier_lm import TextProtocol, brier_argmax
-from calm.core.generate import HasSpecialIds
+from calm.core.chunk_decoder import recent_tokens
+from calm.core.generate import HasSpecialIds, generate
 from calm.core.intervals import BlockSums, bootstrap
 from calm.core.predictor import sample_chunks
 from calm.core.sampler import StepKeys
 from calm.core.temperature import BatchTemperature
-from calm.decoders.context_decoder import recent_tokens
 from calm.errors import UsageError
 from calm.evaluate.blocks import checked, run_blocks, sums_of
 from calm.evaluate.diagnosis import (

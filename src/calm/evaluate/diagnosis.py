@@ -88,7 +88,7 @@ class Diagnosis:
 
 REMEDIES = {
     "codec round trip": "No language model can mend it: train the autoencoder longer or wider (see calm inspect autoencoder)",
-    "head mean": "The backbone has learned the marginal only: raise loss.auxiliary_weight, train longer, or use smaller chunks",
+    "head mean": "The backbone has learned the marginal only: raise the auxiliary term, train longer, or use smaller chunks",
     "one sample": "The mean moves and single draws do not: more samples S in training, a larger head, or drawn decoding",
     "voted sample": "The model agrees with itself on something wrong: look for a collapsed head, or sample at a higher T",
     "prompt alignment": "Train with document starts behind begin ids, or give prompts whose length is a multiple of K",

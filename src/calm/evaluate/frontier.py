@@ -12,9 +12,9 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from calm.core.brier_lm import TextProtocol
-from calm.core.predictor import DECODINGS, Predictor, sample_chunks
+from calm.core.chunk_decoder import DECODINGS, recent_tokens
+from calm.core.predictor import Predictor, sample_chunks
 from calm.core.temperature import BatchTemperature, exact_temperature
-from calm.decoders.context_decoder import recent_tokens
 from calm.errors import UsageError
 from calm.evaluate.blocks import checked, run_blocks, sums_of
 from calm.evaluate.frontier_report import FrontierReport

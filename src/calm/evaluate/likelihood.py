@@ -15,8 +15,8 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from calm.core.brier_lm import TextProtocol
+from calm.core.chunk_decoder import recent_tokens
 from calm.core.predictor import Predictor
-from calm.decoders.context_decoder import recent_tokens
 from calm.errors import UsageError
 from calm.evaluate.blocks import checked, run_blocks, sums_of
 from calm.evaluate.likelihood_report import LikelihoodReport

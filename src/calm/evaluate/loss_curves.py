@@ -71,9 +71,7 @@ class LossCourse:
                 arrays |= {theirs: _column(rows_here, f"valid/{ours}") for theirs, ours in CURVES.items()}
         arrays = {name: array for name, array in arrays.items() if array is not None}
         if not arrays:
-            raise UsageError(
-                f"{path}: holds no fidelity; name a language model's run with loss.energy_weight or direction_weight"
-            )
+            raise UsageError(f"{path}: holds no fidelity; name a language model's run with a term energy or direction")
         if "gate_histogram" in arrays:
             arrays["gate_edges"] = np.linspace(0, 1, arrays["gate_histogram"].shape[1] + 1)
         return cls(name=Path(run).name, arrays=arrays)

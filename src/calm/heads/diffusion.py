@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from typing import Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +12,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from calm.core.dense import Precision, dense_flops
+from calm.core.head import Head, HeadConfig
 from calm.core.posterior import Posterior
 from calm.errors import UsageError
 from calm.heads.modulated_mlp import TIMES, ModulatedMLP, stratified, whole_time
@@ -20,9 +21,12 @@ from calm.rng import PRNGKey, stream
 Prediction = Literal["velocity", "noise"]
 
 
+@HeadConfig.register("diffusion")
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DiffusionHeadConfig:
+class DiffusionHeadConfig(HeadConfig):
     """Sizes of the diffusion head. Published: a block for every four layers, 100 of 1000 steps when sampling, 8 draws."""
+
+    has_own_loss: ClassVar[bool] = True
 
     num_blocks: int = 2
     num_steps: int = 100
@@ -97,7 +101,7 @@ def _schedule(num_steps: int) -> tuple[np.ndarray, ...]:
     return times, *(values.astype(np.float32) for values in floats)
 
 
-class DiffusionHead(nnx.Module):
+class DiffusionHead(Head):
     """hidden, noise -> latent by denoising diffusion (Ho et al. 2020, arXiv:2006.11239), a baseline of CALM.
 
     Of x_t = signal x_0 + noise eps the network predicts the velocity, signal eps - noise x_0 (Salimans and Ho 2022,
@@ -142,10 +146,6 @@ class DiffusionHead(nnx.Module):
         clean = at.signal * x - at.noise * guess if self.config.prediction == "velocity" else (x - at.noise * guess) / at.signal
         share = 0.5 * (share + 1)  # the network's [-1, 1] spans [low, high]
         return at.of_clean * clean + at.of_noisy * x, share * at.high + (1 - share) * at.low
-
-    def sample(self, key: PRNGKey, hidden: Float[Array, "*b D"], num_samples: int) -> Float[Array, "S *b Z"]:
-        """S independent samples of the next latent at every position."""
-        return self(hidden, self.draw_noise(key, (num_samples, *hidden.shape[:-1])))
 
     def loss(self, key: PRNGKey, hidden: Float[Array, "*b D"], posterior: Posterior) -> Float[Array, "*b"]:
         """Squared error of the prediction, plus the bound on the step in bits; means over dimensions and `num_draws` draws."""

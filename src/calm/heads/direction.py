@@ -10,10 +10,15 @@ noise and data; that is `calm.heads.flow`. Of the angle alone follows (docs/calm
 - it is no proper score: of noisy samples it wants less noise, so a large weight beside the energy narrows the model's spread.
 """
 
-from typing import Literal
+import dataclasses
+from typing import ClassVar, Literal
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
+
+from calm.core.objective import Term, TermContext, TermInputs
+from calm.errors import UsageError
 
 DirectionFrom = Literal["previous", "noise"]
 """the origin: the latent of the chunk before, or the noise that the head mixed into the sample"""
@@ -33,3 +38,32 @@ def direction_loss(
 
 def _length(x: Float[Array, "*b Z"]) -> Float[Array, "*b"]:
     return jnp.sqrt(jnp.maximum(jnp.square(x).sum(-1), MIN_LENGTH**2))
+
+
+@Term.register("direction")
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DirectionTerm(Term):
+    """1 - cos between predicted and true displacement, to the next posterior mean."""
+
+    origin: DirectionFrom = "previous"
+    """start of the displacements: the posterior mean of the chunk before, or the noise of a gated head"""
+
+    trains_head: ClassVar[bool] = True
+    compares_latents: ClassVar[bool] = True
+
+    def check(self, context: TermContext) -> None:
+        if self.origin == "noise" and not context.model.head.mixes_noise:
+            raise UsageError('loss.terms.direction.origin="noise" needs a head of kind "gated"; others take "previous"')
+
+    def warnings(self, context: TermContext, trained: frozenset[str]) -> tuple[str, ...]:
+        if not self.weight or trained & {"energy", "likelihood"}:
+            return ()
+        return ("loss.terms.direction without a trained energy turns latents and leaves their length free",)
+
+    def values(self, inputs: TermInputs) -> dict[str, Array]:
+        if self.origin == "noise":
+            origin = inputs.lm.head.latent_noise(inputs.noise)
+        else:
+            first = jax.lax.stop_gradient(inputs.autoencoder.encode(inputs.chunks[:, :1]).mean)
+            origin = jnp.concatenate([first, inputs.posterior.mean[:, :-1]], axis=1)
+        return {"direction": inputs.mean(direction_loss(inputs.samples, inputs.posterior.mean, origin))}

@@ -1,7 +1,7 @@
 """The flow head: a velocity field carries a draw of N(0, I) to a sample of the next latent."""
 
 import dataclasses
-from typing import Literal
+from typing import ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from calm.core.dense import Precision, dense_flops
+from calm.core.head import Head, HeadConfig
 from calm.core.posterior import Posterior
 from calm.errors import UsageError
 from calm.heads.modulated_mlp import TIMES, ModulatedMLP, stratified, whole_time
@@ -20,9 +21,12 @@ CALLS: dict[Solver, int] = {"midpoint": 2, "euler": 1}
 """how often each solver asks the network in one step"""
 
 
+@HeadConfig.register("flow")
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class FlowHeadConfig:
+class FlowHeadConfig(HeadConfig):
     """Sizes of the flow head and its solver. Published: a block for every four layers, 10 midpoint steps, 8 draws."""
+
+    has_own_loss: ClassVar[bool] = True
 
     num_blocks: int = 2
     solver: Solver = "midpoint"
@@ -56,7 +60,7 @@ class FlowHeadConfig:
         return dense_flops(dim, dim) + self.num_draws * (condition + each)
 
 
-class FlowHead(nnx.Module):
+class FlowHead(Head):
     """hidden, noise -> latent: dx/dt = v(x, t, hidden) from x = noise at t = 0 to the latent at t = 1.
 
     Trained by conditional flow matching (Lipman et al. 2022, arXiv:2210.02747; rectified flow: Liu et al. 2022,
@@ -91,10 +95,6 @@ class FlowHead(nnx.Module):
         embedded = self.net.embed_time(jnp.asarray(times.reshape(self.config.num_steps, -1), jnp.int32))
         latents, _ = jax.lax.scan(advance, noise.reshape(shape[0], -1, self.latent_dim), embedded)
         return latents.reshape(shape)
-
-    def sample(self, key: PRNGKey, hidden: Float[Array, "*b D"], num_samples: int) -> Float[Array, "S *b Z"]:
-        """S independent samples of the next latent at every position."""
-        return self(hidden, self.draw_noise(key, (num_samples, *hidden.shape[:-1])))
 
     def loss(self, key: PRNGKey, hidden: Float[Array, "*b D"], posterior: Posterior) -> Float[Array, "*b"]:
         """Squared error of the velocity, a mean over dimensions and over `num_draws` draws of (target, start, time)."""

@@ -1,7 +1,7 @@
 """The gated energy head: a prediction and Gaussian noise, mixed by a gate that is trained with them."""
 
 import dataclasses
-from typing import Literal
+from typing import ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -10,20 +10,25 @@ from jaxtyping import Array, Float
 
 from calm.core.dense import Dense, Precision, dense_flops, matmul
 from calm.core.energy_head import EnergyBlock, over_samples
+from calm.core.head import Head, HeadConfig
 from calm.core.stack import Stack
 from calm.errors import UsageError
 from calm.rng import PRNGKey, stream
 
 GateKind = Literal["scalar", "dimension", "dynamic"]
 
+GATE_BINS = 20
 GAIN = 8.0
 """Logits per unit of the learned number. Adam moves a number by its learning rate a step at most; at 3e-4 the way from .982 to
 .35 would take 15,000 steps, so it takes 2,000."""
 
 
+@HeadConfig.register("gated")
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class GatedEnergyHeadConfig:
+class GatedEnergyHeadConfig(HeadConfig):
     """Sizes of the gated energy head."""
+
+    mixes_noise: ClassVar[bool] = True
 
     num_blocks: int = 2
     """blocks of the energy head (`calm.core.energy_head`) that make the prediction"""
@@ -79,7 +84,7 @@ class Gate(nnx.Module):
         return jax.nn.sigmoid(logits)
 
 
-class GatedEnergyHead(nnx.Module):
+class GatedEnergyHead(Head):
     """hidden, noise -> latent = g * delta + (1 - g) * noise, noise of N(0, noise_std^2 I) (J. Adam 2025, "Hybrid CALM-on-Z").
 
     Trained by the energy loss, which sees only samples, so the gate finds its own value: where delta reads the hidden state
@@ -147,6 +152,9 @@ class GatedEnergyHead(nnx.Module):
         flat = hidden.reshape(-1, hidden.shape[-1])
         return jnp.broadcast_to(self.gate(flat), (len(flat), self.latent_dim)).reshape(*hidden.shape[:-1], self.latent_dim)
 
-    def sample(self, key: PRNGKey, hidden: Float[Array, "*b D"], num_samples: int) -> Float[Array, "S *b Z"]:
-        """S independent samples of the next latent at every position."""
-        return self(hidden, self.draw_noise(key, (num_samples, *hidden.shape[:-1])))
+    def measures(self, hidden: Float[Array, "B N D"]) -> dict[str, Array]:
+        """The gate's mean, and the shares of its values in equal parts of [0, 1], over positions and dimensions."""
+        gates = jax.lax.stop_gradient(self.gates(hidden))
+        place = jnp.clip(gates * GATE_BINS, 0, GATE_BINS - 1).astype(jnp.int32)
+        counts = jnp.zeros((GATE_BINS,), jnp.float32).at[place.reshape(-1)].add(1.0)
+        return {"gate_mean": gates.mean(), "gate_histogram": counts / gates.size}

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from calm.core.dense import Dense, Precision, dense_flops
+from calm.core.head import Head, HeadConfig
 from calm.core.mlp import ResidualSwiGLU, SwiGLU
 from calm.core.posterior import Posterior
 from calm.core.stack import Stack
@@ -19,9 +20,12 @@ from calm.rng import PRNGKey
 MIN_STD = 1e-3
 
 
+@HeadConfig.register("mixture")
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class MixtureHeadConfig:
+class MixtureHeadConfig(HeadConfig):
     """Sizes of the mixture head."""
+
+    has_own_loss: ClassVar[bool] = True
 
     num_blocks: int = 2
     """residual SwiGLU layers between the hidden state and the mixture's parameters"""
@@ -65,7 +69,7 @@ class Mixture(NamedTuple):
         return jax.lax.map(one, latents) - constant  # one sample at a time: S R C Z numbers would not fit
 
 
-class MixtureHead(nnx.Module):
+class MixtureHead(Head):
     """hidden, noise -> latent: the noise's first number picks a component, the others place the latent in it.
 
     Trained by maximum likelihood of draws of the posterior. Mixtures as the output of a sequence model over latents: GIVT
@@ -105,10 +109,6 @@ class MixtureHead(nnx.Module):
         component = (flat[..., :1] >= below).sum(-1)[..., None, None]
         mean, std = (jnp.take_along_axis(x[None], component, axis=2)[:, :, 0] for x in (mixture.mean, mixture.std))
         return (mean + std * flat[..., 1:]).reshape(*noise.shape[:-1], self.latent_dim)
-
-    def sample(self, key: PRNGKey, hidden: Float[Array, "*b D"], num_samples: int) -> Float[Array, "S *b Z"]:
-        """S independent samples of the next latent at every position."""
-        return self(hidden, self.draw_noise(key, (num_samples, *hidden.shape[:-1])))
 
     def log_density(self, hidden: Float[Array, "*b D"], latents: Float[Array, "S *b Z"]) -> Float[Array, "S *b"]:
         """Log density in nats of each latent under the law at its position."""

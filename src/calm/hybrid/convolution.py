@@ -13,7 +13,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from calm.core.dense import Dense, Precision, dense_flops
-from calm.core.mixer import Fork, Window
+from calm.core.mixer import Fork, MixerConfig, Window
 from calm.errors import UsageError
 
 
@@ -134,8 +134,9 @@ def present(window: Window | Fork, length: int) -> Bool[Array, "B N 1"]:
     return (window.positions(length) >= 0)[..., None]
 
 
+@MixerConfig.register("C")
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ConvSSMConfig:
+class ConvSSMConfig(MixerConfig):
     """Depthwise causal convolution under an output gate."""
 
     kernel: int = 7

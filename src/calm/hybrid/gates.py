@@ -1,31 +1,20 @@
-"""Paths side by side, each of them a mixer, under a gate that decides position by position how much of each is heard."""
+"""Mixers side by side in one layer, weighed position by position by a softmax gate."""
 
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from calm.core.dense import Dense, Precision, dense_flops
-from calm.core.mixer import Fork, MixerConfig, Window
+from calm.core.mixer import Fork, LayerInputs, MixerConfig, Window
 
 GATE_STD = 0.1
 """standard deviation of a new gate's logits: shares begin within a few per cent of equal"""
 
 States = dict[str, Any]
 """a state for each letter"""
-
-
-class Beside(NamedTuple):
-    """What a layer is given beside hidden states and mixers' states."""
-
-    tap: Callable[[str, Array], Array] = lambda name, value: value
-    """`(name, value) -> value` (`calm.hybrid.taps`); the layer is known to whoever made it"""
-    bias: Float[Array, "B N P"] | None = None
-    """added to the gate's logits"""
-    own: Mapping[str, Array] = {}
-    """what mixers have for this layer alone, by letter: a fourth argument"""
 
 
 class GatedMixer(nnx.Module):
@@ -42,20 +31,20 @@ class GatedMixer(nnx.Module):
         several = len(mixers) > 1
         self.gate = Dense(dim, len(mixers), use_bias=True, init_std=std, precision=precision, rngs=rngs) if several else None
 
-    def __call__(
-        self, hidden: Float[Array, "B N D"], states: States | None, window: Window | Fork, beside: Beside
+    def mix(
+        self, hidden: Float[Array, "B N D"], states: States | None, window: Window | Fork, inputs: LayerInputs
     ) -> tuple[Float[Array, "B N D"], States | None]:
-        tap, mixed, after = beside.tap, [], {}
+        tap, mixed, after = inputs.tap, [], {}
         for letter in self.letters:
             state = None if states is None else states[letter]
-            own = [beside.own[letter]] if letter in beside.own else []
-            found, after[letter] = self.paths[letter](tap(f"input.{letter}", hidden), state, window, *own)
+            constants = [inputs.constants[letter]] if letter in inputs.constants else []
+            found, after[letter] = self.paths[letter](tap(f"input.{letter}", hidden), state, window, *constants)
             mixed.append(tap(f"path.{letter}", found))
         states = None if states is None else after
         if self.gate is None:
             return mixed[0], states
         logits = self.gate(hidden)
-        shares = tap("gate", jax.nn.softmax(logits if beside.bias is None else logits + beside.bias, axis=-1))
+        shares = tap("gate", jax.nn.softmax(logits if inputs.bias is None else logits + inputs.bias, axis=-1))
         weighed = [shares[..., path : path + 1] * found for path, found in enumerate(mixed)]
         return sum(weighed[1:], start=weighed[0]), states
 

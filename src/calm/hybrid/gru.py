@@ -15,7 +15,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from calm.core.dense import Dense, Precision, dense_flops, operand, product, product_with_transpose, weight_gradient
-from calm.core.mixer import Fork, Window
+from calm.core.mixer import Fork, MixerConfig, Window
 from calm.errors import UsageError
 from calm.hybrid.convolution import present
 
@@ -32,8 +32,9 @@ class GRUTrail(NamedTuple):
     memories: Float[Array, "B P I"]
 
 
+@MixerConfig.register("G")
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class GRUConfig:
+class GRUConfig(MixerConfig):
     """One gated recurrent unit between two linear maps."""
 
     width: int | None = None

@@ -31,7 +31,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from calm.core.attention import AttentionState, BranchKeys, ForkedState
 from calm.core.dense import Dense, Precision, dense_flops, operand
-from calm.core.mixer import Fork, Window
+from calm.core.mixer import Fork, MixerConfig, Window
 from calm.errors import UsageError
 
 _UNSEEN = -1e30  # a score that no softmax sees; not -inf, since a query inside left padding sees nothing at all
@@ -120,8 +120,9 @@ def _product(equation: str, one: Array, two: Array, precision: Precision) -> Arr
 # -- the mixer --------------------------------------------------------------------------------------------------------
 
 
+@MixerConfig.register("H")
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class HopfieldConfig:
+class HopfieldConfig(MixerConfig):
     """A Hopfield memory of learned slots, or of the context."""
 
     memory: Literal["slots", "context"] = "slots"
@@ -152,8 +153,8 @@ class HopfieldConfig:
         """The depths that are computed in every layer."""
         return max(self.refinements)
 
-    def depths(self, num_layers: int) -> Bool[np.ndarray, "layers depths"]:
-        """Which depths each layer has."""
+    def layer_constants(self, num_layers: int) -> Bool[np.ndarray, "layers depths"]:
+        """The depths that each layer has."""
         counts = [self.refinements[layer % len(self.refinements)] for layer in range(num_layers)]
         return np.arange(self.max_depth) < np.array(counts)[:, None]
 

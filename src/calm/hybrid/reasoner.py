@@ -18,10 +18,10 @@ import jax
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from calm.core.backbone import Backbone, BackboneConfig, BackboneState, by_layer, check_names
 from calm.core.dense import Dense, Precision
+from calm.core.mixer import Tap
+from calm.core.transformer import Backbone, BackboneState, TransformerConfig, by_layer, check_names
 from calm.core.unrolled import Unrolled
-from calm.hybrid.taps import Tap
 
 
 class Controller(nnx.Module):
@@ -39,9 +39,9 @@ class Controller(nnx.Module):
 
 
 class SegmentReasoner(nnx.Module):
-    """`BackboneConfig.num_segments` runs of one `Backbone`; the last one's hidden state is what comes out."""
+    """`TransformerConfig.num_segments` runs of one `Backbone`; the last one's hidden state is what comes out."""
 
-    def __init__(self, config: BackboneConfig, *, rngs: nnx.Rngs, precision: Precision = "float32"):
+    def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs, precision: Precision = "float32"):
         self.config, self.tap = config, None
         self.stack = Backbone(config, rngs=rngs, precision=precision)
         self.controller = Controller(config.dim, config.num_periods * config.num_shares, rngs=rngs, precision=precision)

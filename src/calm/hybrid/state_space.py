@@ -17,7 +17,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from calm.core.dense import Dense, Precision, dense_flops
-from calm.core.mixer import Fork, Window
+from calm.core.mixer import Fork, MixerConfig, Window
 from calm.errors import UsageError
 from calm.hybrid.convolution import CausalConv, Tail, Trail, as_trail, present
 from calm.hybrid.scans import CHUNK, selective_scan, states_after
@@ -60,8 +60,9 @@ class ForkedSSMState(NamedTuple):
     own: BranchInputs
 
 
+@MixerConfig.register("S")
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SSMConfig:
+class SSMConfig(MixerConfig):
     """A selective state-space model with `num_heads` decays."""
 
     state_dim: int = 32

@@ -14,10 +14,10 @@ Layers count from 0; those of a reasoner's second segment go on where the first'
 
 What is masked or shuffled here is masked at inference: the model was trained with all of it and falls far out of what it knows.
 That answers what a trained model relies on. What a path is worth is another question, answered by training without it
-(a `BackboneConfig.pattern` that lacks the letter).
+(a `TransformerConfig.pattern` that lacks the letter).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -26,10 +26,10 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Int
 
+from calm.core.mixer import Tap
 from calm.errors import UsageError
 from calm.rng import PRNGKey
 
-Tap = Callable[[str, Any, Array], Array]
 M = TypeVar("M", bound=nnx.Module)
 
 
@@ -48,7 +48,7 @@ def mask_paths(groups: Sequence[str], letters: str, *, renormalise: bool) -> Tap
     """Takes the paths of these letters out of every layer.
 
     Args:
-        groups: `BackboneConfig.groups`.
+        groups: `TransformerConfig.groups`.
         renormalise: the shares that are left are scaled to sum to 1 again; else what the paths would have given is missing.
 
     Raises:

@@ -27,11 +27,11 @@ from pathlib import Path
 import numpy as np
 
 from calm.core.autoencoder import Autoencoder, AutoencoderConfig
-from calm.core.backbone import BackboneConfig
 from calm.core.energy_head import EnergyHeadConfig
+from calm.core.head import HeadConfig
 from calm.core.latent_lm import LatentLM, LatentLMConfig
+from calm.core.transformer import TransformerConfig
 from calm.errors import UsageError
-from calm.heads import HeadConfig
 from calm.heads.diffusion import DiffusionHeadConfig
 from calm.heads.flow import FlowHeadConfig
 from calm.heads.modulated_mlp import FREQUENCIES
@@ -74,7 +74,7 @@ def load_latent_lm(folder: str | Path) -> LatentLM:
         vocab_size=config.integer("vocab_size"),
         chunk_size=config.integer("patch_size"),
         latent_dim=config.integer("latent_size"),
-        backbone=BackboneConfig(
+        backbone=TransformerConfig(
             dim=config.integer("hidden_size"),
             num_layers=config.integer("num_hidden_layers"),
             num_heads=config.integer("num_attention_heads"),
@@ -184,7 +184,7 @@ def _stem(weights: PublishedWeights, config: LatentLMConfig) -> dict[str, np.nda
     }
 
 
-def _backbone(weights: PublishedWeights, config: BackboneConfig) -> dict[str, np.ndarray]:
+def _backbone(weights: PublishedWeights, config: TransformerConfig) -> dict[str, np.ndarray]:
     dim, kv_dim = config.dim, config.dim // config.num_heads * config.num_kv_heads
 
     def layer(index: int) -> dict[str, np.ndarray]:

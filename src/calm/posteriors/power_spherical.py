@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax.scipy.special import betaln, digamma, gammaln
 from jaxtyping import Array, Float
 
+from calm.core.posterior import Posteriors
 from calm.rng import PRNGKey, stream
 
 MAX_SHARPNESS = 8.0  # log of concentration / (Z - 1): std .03; far above, float32 loses the differences of log-gammas
@@ -19,6 +20,7 @@ class SphereNoise(NamedTuple):
     key: PRNGKey
 
 
+@Posteriors.register("power_spherical")
 class PowerSpherical(NamedTuple):
     """Latents y = r u, |u| = 1 and r = sqrt(Z), with density proportional to (1 + direction . u)^concentration.
 
@@ -41,8 +43,13 @@ class PowerSpherical(NamedTuple):
     log_concentration: Float[Array, "*b 1"]
 
     @staticmethod
+    def least_width() -> int:
+        """Least latent width that the distribution is defined for."""
+        return 2
+
+    @staticmethod
     def outputs(latent_dim: int) -> int:
-        """How many numbers describe one."""
+        """Number of values that describe one."""
         return latent_dim + 1
 
     @classmethod

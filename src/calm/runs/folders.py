@@ -18,11 +18,12 @@ from flax import nnx
 
 from calm import config as configuration
 from calm.core.autoencoder import Autoencoder, AutoencoderConfig
-from calm.core.backbone import BackboneConfig
 from calm.core.dense import Precision
 from calm.core.latent_lm import LatentLM, LatentLMConfig
+from calm.core.transformer import TransformerConfig
 from calm.errors import CalmError, UsageError
 from calm.interop.published_files import read_json, read_safetensors
+from calm.runs import schema
 from calm.runs.weights import build_with_weights, flat_weights
 from calm.token.model import TokenLM, TokenLMConfig
 
@@ -31,6 +32,7 @@ MODEL_TYPES = (AUTOENCODER, LATENT_LM, TOKEN_LM)
 AUTOENCODER_FOLDER = "autoencoder"
 WEIGHTS, CONFIG, TOKENIZER, CARD = "model.safetensors", "config.json", "tokenizer.json", "README.md"
 Config = TypeVar("Config", AutoencoderConfig, LatentLMConfig, TokenLMConfig)
+_UPGRADES = {AUTOENCODER: schema.autoencoder_model, LATENT_LM: schema.language_model, TOKEN_LM: schema.language_model}
 Writer = Callable[[Path], object]  # writes one file at the path that it is given
 
 
@@ -134,7 +136,9 @@ def _load(folder: Path, model_type: str, config_type: type[Config], precision: P
     description = read_json(path)
     if description.get("model_type") != model_type:
         raise UsageError(f"{path}: model_type should be {model_type!r}, got {description.get('model_type')!r}")
-    config = configuration.from_dict(config_type, description.get("config", {}), where=str(path))
+    table, version = description.get("config", {}), description.get("schema_version", 1)
+    table = _UPGRADES[model_type](table) if version == 1 else table
+    config = configuration.from_dict(config_type, {"schema_version": configuration.SCHEMA_VERSION, **table}, where=str(path))
     weights = read_safetensors(folder / WEIGHTS)
     return build_with_weights(config, weights, precision=precision, where=str(folder / WEIGHTS))
 
@@ -156,6 +160,7 @@ def _description(
         "vocab_size": sizes.vocab_size,
         "chunk_size": sizes.chunk_size,
         **latent,
+        "schema_version": configuration.SCHEMA_VERSION,
         "config": configuration.to_dict(config),
     }
 
@@ -232,7 +237,7 @@ def _token_card(card: ModelCard, lm: TokenLM) -> str:
     return _TOKEN_CARD.format(**_common(card, lm.config.backbone), **sizes)
 
 
-def _common(card: ModelCard, backbone: BackboneConfig) -> dict[str, Any]:
+def _common(card: ModelCard, backbone: TransformerConfig) -> dict[str, Any]:
     """What both cards say."""
     header: dict[str, Any] = {"library_name": "calm-lm", "pipeline_tag": "text-generation", "tags": ["calm", "jax", "flax"]}
     header |= {"license": card.license} if card.license else {}

@@ -13,7 +13,8 @@ The small ones are for two cores.
 import dataclasses
 from typing import TYPE_CHECKING
 
-from calm.core.backbone import BackboneConfig
+from calm.core.transformer import TransformerConfig
+from calm.hybrid.backbone import HybridConfig, of_pattern
 from calm.hybrid.hopfield import HopfieldConfig
 from calm.runs.stages import TokenLMRun
 from calm.token.model import TokenLMConfig
@@ -46,19 +47,19 @@ def hybrids(token_base: "Preset", latent_base: "Preset", large_base: "Preset") -
     )
 
 
-def _on(base: "Preset", name: str, summary: str, backbone: BackboneConfig) -> "Preset":
+def _on(base: "Preset", name: str, summary: str, backbone: TransformerConfig) -> "Preset":
     lm = dataclasses.replace(base.lm, model=dataclasses.replace(base.lm.model, backbone=backbone))
     return dataclasses.replace(base, name=name, summary=summary, lm=lm)
 
 
-def _small(base: "Preset") -> BackboneConfig:
+def _small(base: "Preset") -> TransformerConfig:
     """Its backbone with three paths a layer; the memory is one of learned slots."""
     memory = HopfieldConfig(num_slots=64, num_heads=4, refinements=DEPTHS)
-    return dataclasses.replace(base.lm.model.backbone, pattern="SHA", hopfield=memory)
+    return of_pattern(base.lm.model.backbone, "SHA", mixers={"H": memory})
 
 
 def _large(*, dim: int, inner_dim: int, table_dim: int) -> TokenLMRun:
-    backbone = BackboneConfig(
+    backbone = HybridConfig(
         dim=dim,
         num_layers=8,
         pattern="SHA",
@@ -66,7 +67,7 @@ def _large(*, dim: int, inner_dim: int, table_dim: int) -> TokenLMRun:
         num_kv_heads=8,
         inner_dim=inner_dim,
         num_segments=3,
-        hopfield=HopfieldConfig(num_slots=64, num_heads=8, refinements=DEPTHS),
+        mixers={"H": HopfieldConfig(num_slots=64, num_heads=8, refinements=DEPTHS)},
     )
     train = TrainConfig(
         steps=25_000,

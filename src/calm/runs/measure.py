@@ -9,7 +9,8 @@ from typing import Any
 
 import jax
 
-from calm.core.predictor import Decoding, NextVector
+from calm.core.chunk_decoder import Decoding
+from calm.core.predictor import NextVector
 from calm.errors import UsageError
 from calm.evaluate.bits_per_byte import scored_bytes
 from calm.evaluate.blocks import text_protocol

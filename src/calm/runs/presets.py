@@ -16,17 +16,21 @@ from typing import Any, Literal
 
 from calm.config import suggestion
 from calm.core.autoencoder import AutoencoderConfig
-from calm.core.backbone import BackboneConfig
 from calm.core.energy_head import EnergyHeadConfig
+from calm.core.head import HeadConfig
 from calm.core.latent_lm import LatentLMConfig
-from calm.core.objective import AutoencoderLossConfig, LatentLossConfig
+from calm.core.objective import AutoencoderLossConfig, EnergyTerm, LatentLossConfig, Term
+from calm.core.transformer import TransformerConfig
 from calm.decoders.context_decoder import ContextDecoderConfig
+from calm.decoders.likelihood import LikelihoodTerm
 from calm.errors import UsageError
-from calm.heads import HeadConfig
 from calm.heads.diffusion import DiffusionHeadConfig
+from calm.heads.direction import DirectionTerm
 from calm.heads.flow import FlowHeadConfig
 from calm.heads.gated import GatedEnergyHeadConfig
 from calm.heads.mixture import MixtureHeadConfig
+from calm.heads.terms import AuxiliaryTerm, OwnTerm
+from calm.hybrid.backbone import of_pattern
 from calm.hybrid.convolution import ConvSSMConfig
 from calm.hybrid.hopfield import HopfieldConfig
 from calm.runs.hybrid_presets import hybrids
@@ -118,12 +122,12 @@ def _small(
     )
     lm = LatentLMRun(
         model=LatentLMConfig(
-            backbone=BackboneConfig(
+            backbone=TransformerConfig(
                 dim=dim, num_layers=layers, num_heads=dim // 64, num_kv_heads=dim // 64, inner_dim=inner_dim
             ),
             head=EnergyHeadConfig(num_blocks=head_blocks),
         ),
-        loss=LatentLossConfig(auxiliary_weight=1.0),
+        loss=LatentLossConfig.of(EnergyTerm(), AuxiliaryTerm()),
         train=TrainConfig(
             steps=lm_steps,
             batch_size=rows,
@@ -145,7 +149,7 @@ def _written(pure: Preset, name: str, summary: str, *, steps: int, learning_rate
     """
     writer = dataclasses.replace(SMALL_WRITER, use_hidden=False)
     model = dataclasses.replace(pure.lm.model, head=EnergyHeadConfig(num_blocks=1), context_decoder=writer)
-    loss = LatentLossConfig(num_samples=2, energy_weight=0.1, likelihood_weight=1.0, likelihood_samples=1)
+    loss = LatentLossConfig.of(EnergyTerm(weight=0.1), LikelihoodTerm(num_samples=1), num_samples=2)
     train = dataclasses.replace(
         pure.lm.train,
         steps=steps,
@@ -165,7 +169,7 @@ def _written(pure: Preset, name: str, summary: str, *, steps: int, learning_rate
 def _with_head(preset: Preset, suffix: str, head: HeadConfig) -> Preset:
     """`preset` with a head that has a loss of its own, which takes the place of the energy score; all else alike."""
     model = dataclasses.replace(preset.lm.model, head=head)
-    loss = dataclasses.replace(preset.lm.loss, energy_weight=0.0, own_weight=1.0)
+    loss = preset.lm.loss.without("energy").with_terms(OwnTerm())
     lm = dataclasses.replace(preset.lm, model=model, loss=loss)
     name = preset.name.replace("pure", suffix)
     return dataclasses.replace(preset, name=name, summary=f"{preset.name} with a {suffix} head", lm=lm)
@@ -174,10 +178,13 @@ def _with_head(preset: Preset, suffix: str, head: HeadConfig) -> Preset:
 LossKind = Literal["calm", "rf", "calm_rf"]
 
 
-def loss_of_kind(kind: LossKind, rf_weight: float = 0.1, **others: Any) -> LatentLossConfig:
-    """The loss types of "Hybrid CALM-on-Z" as weights: calm, the energy score; rf, the direction term; calm_rf, their sum."""
+def loss_of_kind(kind: LossKind, rf_weight: float = 0.1, *others: Term) -> LatentLossConfig:
+    """The loss types of "Hybrid CALM-on-Z" as terms: calm, the energy score; rf, the direction term; calm_rf, their sum.
+
+    A term of weight 0 is measured beside the others.
+    """
     energy, direction = {"calm": (1.0, 0.0), "rf": (0.0, 1.0), "calm_rf": (1.0, rf_weight)}[kind]
-    return LatentLossConfig(energy_weight=energy, direction_weight=direction, **others)
+    return LatentLossConfig.of(EnergyTerm(weight=energy), DirectionTerm(weight=direction), *others)
 
 
 def _on_z(
@@ -186,12 +193,8 @@ def _on_z(
     """`base` as a model on latents: it reads the last chunk's latent, passes convolutions (kernel 7) and Hopfield memories (64
     slots) by turns, and ends in a gated energy head."""
     heads = max(1, base.lm.model.backbone.dim // 64)
-    backbone = dataclasses.replace(
-        base.lm.model.backbone,
-        pattern="C,H",
-        conv=ConvSSMConfig(kernel=7),
-        hopfield=HopfieldConfig(memory="slots", num_slots=64, num_heads=heads),
-    )
+    mixers = {"C": ConvSSMConfig(kernel=7), "H": HopfieldConfig(memory="slots", num_slots=64, num_heads=heads)}
+    backbone = of_pattern(base.lm.model.backbone, "C,H", mixers=mixers)
     model = dataclasses.replace(base.lm.model, stem="continuous", backbone=backbone, head=head)
     train = dataclasses.replace(base.lm.train, num_tokens=num_tokens, best_metric="valid/objective", log_every=10)
     lm = dataclasses.replace(base.lm, model=model, loss=loss, train=train)
@@ -208,11 +211,13 @@ def _published(name: str, dim: int, inner_dim: int) -> Preset:
     )
     lm = LatentLMRun(
         model=LatentLMConfig(
-            backbone=BackboneConfig(dim=dim, num_layers=16, num_heads=16, num_kv_heads=16, inner_dim=inner_dim, init_std=0.02),
+            backbone=TransformerConfig(
+                dim=dim, num_layers=16, num_heads=16, num_kv_heads=16, inner_dim=inner_dim, init_std=0.02
+            ),
             head=EnergyHeadConfig(num_blocks=4, init_std=0.02),
             init_std=0.02,
         ),
-        loss=LatentLossConfig(fidelity="shared_draws"),
+        loss=LatentLossConfig.of(EnergyTerm(fidelity="shared_draws")),
         train=TrainConfig(
             steps=250_000,
             batch_size=256,
@@ -346,7 +351,7 @@ _PRESETS = {
             "calm-on-z for two cores, with the auxiliary cross-entropy",
             num_tokens=256,
             head=GatedEnergyHeadConfig(num_blocks=1, noise_std=2.0),
-            loss=loss_of_kind("calm_rf", 0.1, auxiliary_weight=1.0),
+            loss=loss_of_kind("calm_rf", 0.1, AuxiliaryTerm()),
         ),
         _published("calm-m", 1024, 2752),
         _published("calm-l", 1536, 4096),

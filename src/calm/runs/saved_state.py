@@ -22,6 +22,7 @@ from flax import nnx
 from jaxtyping import Array, Int
 
 from calm.core import steps
+from calm.core.chunk_decoder import recent_tokens
 from calm.core.generate import (
     PLAIN,
     Generated,
@@ -37,7 +38,6 @@ from calm.core.predictor import Predictor
 from calm.core.sampler import Sampler
 from calm.core.steps import Model, Progress, Recipe
 from calm.core.unrolled import unrolled
-from calm.decoders.context_decoder import recent_tokens
 from calm.errors import UsageError
 from calm.text.chunking import NOTHING
 

@@ -4,18 +4,18 @@
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import numpy as np
 
 from calm import config as configuration
-from calm.core import generate
 from calm.core.autoencoder import Autoencoder, AutoencoderConfig
 from calm.core.brier_lm import TextProtocol
 from calm.core.dense import Precision
+from calm.core.generate import generate
 from calm.core.latent_lm import LatentLM, LatentLMConfig
 from calm.core.objective import AutoencoderLossConfig, AutoencoderObjective, LatentLossConfig, LatentObjective
 from calm.core.predictor import NextVector, Predictor
@@ -24,7 +24,9 @@ from calm.core.temperature import BatchTemperature
 from calm.errors import UsageError
 from calm.evaluate.blocks import evaluate_autoencoder, text_protocol
 from calm.evaluate.brier import evaluate_predictor
+from calm.registry import Registered
 from calm.rng import row_keys, stream
+from calm.runs import schema
 from calm.runs.folders import export_autoencoder, load_exported_autoencoder
 from calm.runs.init_from import StartingPoint, open_exported, readable
 from calm.text.batches import Batches, evaluation_blocks
@@ -41,17 +43,29 @@ from calm.train.run_folder import RunFolder, best_step
 from calm.train.settings import TrainConfig, settle_precision
 from calm.train.validate import validator
 
-AUTOENCODER: Literal["autoencoder"] = "autoencoder"
-LM: Literal["latent_lm"] = "latent_lm"
-TOKEN_LM: Literal["token_lm"] = "token_lm"
+AUTOENCODER = "autoencoder"
 MAX_VALIDATION_TOKENS = 64 * 1024
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class AutoencoderRun:
-    """All of stage 1; written as config.toml into the run, where it alone reproduces it."""
+class Run(Registered, family="run"):
+    """A run's whole configuration; written as config.toml into the run folder, where it alone reproduces the run."""
 
-    kind: Literal["autoencoder"] = AUTOENCODER
+    data: str
+    model: Any
+    loss: Any
+    train: TrainConfig
+
+    @classmethod
+    def from_schema_1(cls, table: Mapping[str, Any]) -> dict[str, Any]:
+        """The table of a file of schema 1, as `calm.config` reads it today."""
+        return schema.run({"kind": cls.kind, **table} if cls.kind else table)
+
+
+@Run.register("autoencoder")
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AutoencoderRun(Run):
+    """All of stage 1."""
+
     data: str = ""
     """folder of prepared data"""
     model: AutoencoderConfig = AutoencoderConfig()
@@ -59,11 +73,11 @@ class AutoencoderRun:
     train: TrainConfig = TrainConfig()
 
 
+@Run.register("latent_lm")
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LatentLMRun:
-    """All of stage 2; written as config.toml into the run, where it alone reproduces it."""
+class LatentLMRun(Run):
+    """All of stage 2."""
 
-    kind: Literal["latent_lm"] = LM
     data: str = ""
     """folder of prepared data"""
     autoencoder: str = ""
@@ -73,19 +87,16 @@ class LatentLMRun:
     train: TrainConfig = TrainConfig()
 
 
+@Run.register("token_lm")
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TokenLMRun:
-    """All of the token baseline; written as config.toml into the run, where it alone reproduces it."""
+class TokenLMRun(Run):
+    """All of the token baseline."""
 
-    kind: Literal["token_lm"] = TOKEN_LM
     data: str = ""
     """folder of prepared data"""
     model: TokenLMConfig = TokenLMConfig()
     loss: TokenLossConfig = TokenLossConfig()
     train: TrainConfig = TrainConfig()
-
-
-Run = AutoencoderRun | LatentLMRun | TokenLMRun
 
 
 def train_autoencoder(run: AutoencoderRun, out: str | Path, resume: str = "auto", *, quiet: bool = False) -> dict[str, Any]:
@@ -171,11 +182,7 @@ def load_run_config(folder: str | Path) -> Run:
     path = Path(folder) / "config.toml"
     if not path.is_file():
         raise UsageError(f"{folder}: not a run folder (no config.toml); `calm train` and `calm quickstart` make one")
-    kinds = {AUTOENCODER: AutoencoderRun, LM: LatentLMRun, TOKEN_LM: TokenLMRun}
-    kind = configuration.read_toml(path).get("kind")
-    if kind not in kinds:
-        raise UsageError(f"{path}: kind is {kind!r}, expected one of {', '.join(kinds)}")
-    return configuration.load(kinds[kind], [path])
+    return configuration.from_dict(Run, configuration.read_toml(path), where=str(path))
 
 
 def load_autoencoder(folder: str | Path, precision: Precision = "float32") -> tuple[Autoencoder, Tokenizer | None]:

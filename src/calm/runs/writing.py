@@ -6,7 +6,7 @@ from typing import Any
 import jax
 
 from calm.core.choose import from_temperature
-from calm.core.predictor import Decoding
+from calm.core.chunk_decoder import Decoding
 from calm.core.sampler import Sampler
 from calm.errors import UsageError
 from calm.evaluate.ngram import fit_ngrams

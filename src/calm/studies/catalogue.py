@@ -6,17 +6,19 @@ budget.
 """
 
 import dataclasses
-import functools
 
 from calm.config import suggestion
 from calm.core.energy_head import EnergyHeadConfig
+from calm.core.head import HeadConfig
 from calm.core.latent_lm import LatentLMConfig
-from calm.core.objective import LatentLossConfig
+from calm.core.objective import EnergyTerm, LatentLossConfig, Term
+from calm.decoders.likelihood import LikelihoodTerm
 from calm.errors import UsageError
-from calm.heads import HeadConfig
 from calm.heads.diffusion import DiffusionHeadConfig
 from calm.heads.flow import FlowHeadConfig
 from calm.heads.mixture import MixtureHeadConfig
+from calm.heads.slot_energy import SlotEnergyTerm
+from calm.heads.terms import AnchorTerm, AuxiliaryTerm, OwnTerm
 from calm.runs import presets
 from calm.runs.presets import SMALL_WRITER
 from calm.runs.stages import LatentLMRun, TokenLMRun
@@ -64,23 +66,29 @@ def token_run(place: Place) -> TokenLMRun:
     return dataclasses.replace(base, data=place.data, train=_train(base.train, RATES["token"], base.train.best_metric))
 
 
-def pure_run(place: Place, chunk_size: int = 4, **loss: object) -> LatentLMRun:
-    """Pure CALM: the energy head, read by the frozen autoencoder; other terms by name."""
+def pure_run(place: Place, chunk_size: int = 4, *terms: Term, num_samples: int = 8) -> LatentLMRun:
+    """Pure CALM: the energy head, decoded by the frozen autoencoder, trained by the energy and any other terms."""
     base = presets.get("wikitext2-tiny-pure").lm
     train = _train(base.train, RATES["pure"], "valid/objective")
-    terms = LatentLossConfig(**{"auxiliary_weight": 0.0, **loss})  # type: ignore[arg-type]
+    loss = LatentLossConfig.of(EnergyTerm(), num_samples=num_samples).with_terms(*terms)
     return dataclasses.replace(
         base,
         data=place.data,
         autoencoder=str(place.autoencoder(chunk_size)),
         model=dataclasses.replace(base.model, context_decoder=None),
-        loss=terms,
+        loss=loss,
         train=train,
     )
 
 
 def written_run(
-    place: Place, chunk_size: int = 4, *, reads: str = "latent", rate: float = RATES["written"], **loss: object
+    place: Place,
+    chunk_size: int = 4,
+    *,
+    reads: str = "latent",
+    rate: float = RATES["written"],
+    num_samples: int = 2,
+    likelihood_samples: int = 1,
 ) -> LatentLMRun:
     """CALM whose chunks a context decoder writes. It `reads` the sampled latent alone, which a light energy score over two
     samples keeps near the autoencoder's; or the hidden state alone, and then there is no latent, and no autoencoder to pay for;
@@ -88,12 +96,12 @@ def written_run(
     """
     pure = pure_run(place, chunk_size)
     use_latent, use_hidden = reads in ("latent", "both"), reads in ("hidden", "both")
-    light: dict[str, object] = dict(num_samples=2, energy_weight=0.1 if use_latent else 0.0, likelihood_weight=1.0)
-    terms = LatentLossConfig(**{**light, "likelihood_samples": 1, **loss})  # type: ignore[arg-type]
+    terms = [LikelihoodTerm(num_samples=likelihood_samples), *([EnergyTerm(weight=0.1)] if use_latent else [])]
+    loss = LatentLossConfig.of(*terms, num_samples=num_samples)
     writer = dataclasses.replace(SMALL_WRITER, use_latent=use_latent, use_hidden=use_hidden)
     model = _with(pure.model, head=EnergyHeadConfig(num_blocks=1), context_decoder=writer)
     optimizer = dataclasses.replace(pure.train.optimizer, learning_rate=rate)
-    return dataclasses.replace(pure, model=model, loss=terms, train=dataclasses.replace(pure.train, optimizer=optimizer))
+    return dataclasses.replace(pure, model=model, loss=loss, train=dataclasses.replace(pure.train, optimizer=optimizer))
 
 
 def _with(model: LatentLMConfig, **parts: object) -> LatentLMConfig:
@@ -109,29 +117,29 @@ def _chunk_sizes(place: Place, budget: float | None) -> list[Cell]:
         "calm-k8": written_run(place, 8),
         "hidden-k4": written_run(place, 4, reads="hidden"),
         "hidden-k1": written_run(place, 1, reads="hidden", rate=RATES["token"]),
-        "pure-k4": pure_run(place, 4, auxiliary_weight=1.0),
+        "pure-k4": pure_run(place, 4, AuxiliaryTerm()),
     }
     return [Cell(name=name, run=run, budget=budget) for name, run in runs.items()]
 
 
 def _recipes(place: Place, budget: float | None) -> list[Cell]:
     def model(**parts: object) -> LatentLMRun:
-        run = pure_run(place, auxiliary_weight=1.0)
+        run = pure_run(place, 4, AuxiliaryTerm())
         return dataclasses.replace(run, model=_with(run.model, **parts))
 
     steps = pure_run(place).train.steps  # what hangs on them moves with a budget
     runs = {
         "energy": pure_run(place),
-        "auxiliary-1": pure_run(place, auxiliary_weight=1.0),
-        "auxiliary-3-falling": pure_run(place, auxiliary_weight=3.0, auxiliary_decay_steps=steps),
-        "auxiliary-first": pure_run(place, auxiliary_weight=1.0, auxiliary_decay_steps=steps, energy_from_step=steps // 2),
-        "anchor": pure_run(place, auxiliary_weight=1.0, anchor_weight=0.03),
-        "likelihood": pure_run(place, auxiliary_weight=1.0, energy_weight=0.1, likelihood_weight=1.0),
-        "slot-energy": pure_run(place, auxiliary_weight=1.0, slot_energy_weight=1.0),
-        "samples-16": pure_run(place, auxiliary_weight=1.0, num_samples=16),
+        "auxiliary-1": pure_run(place, 4, AuxiliaryTerm()),
+        "auxiliary-3-falling": pure_run(place, 4, AuxiliaryTerm(weight=3.0, decay_steps=steps)),
+        "auxiliary-first": pure_run(place, 4, AuxiliaryTerm(decay_steps=steps), EnergyTerm(from_step=steps // 2)),
+        "anchor": pure_run(place, 4, AuxiliaryTerm(), AnchorTerm(weight=0.03)),
+        "likelihood": pure_run(place, 4, AuxiliaryTerm(), EnergyTerm(weight=0.1), LikelihoodTerm()),
+        "slot-energy": pure_run(place, 4, AuxiliaryTerm(), SlotEnergyTerm()),
+        "samples-16": pure_run(place, 4, AuxiliaryTerm(), num_samples=16),
         "head-4-blocks": model(head=EnergyHeadConfig(num_blocks=4)),
         **{
-            name: dataclasses.replace(model(head=head), loss=LatentLossConfig(energy_weight=0.0, auxiliary_weight=1.0))
+            name: dataclasses.replace(model(head=head), loss=LatentLossConfig.of(OwnTerm(), AuxiliaryTerm()))
             for name, head in OTHER_HEADS.items()
         },
         "written": written_run(place),
@@ -145,7 +153,7 @@ def _recipes(place: Place, budget: float | None) -> list[Cell]:
 def _stems(place: Place, budget: float | None) -> list[Cell]:
     cells = []
     for stem in ("discrete", "both", "continuous"):
-        run = pure_run(place, auxiliary_weight=1.0)
+        run = pure_run(place, 4, AuxiliaryTerm())
         cells.append(Cell(name=stem, run=dataclasses.replace(run, model=_with(run.model, stem=stem)), budget=budget))
     return cells
 
@@ -168,5 +176,5 @@ STUDIES: dict[str, Study] = {
     "hybrids": HybridStudy(recipe=written_run),
     "ablation": AblationStudy(),
     "probes": ProbeStudy(),
-    "latent-spaces": LatentSpaceStudy(recipe=functools.partial(pure_run, auxiliary_weight=1.0)),
+    "latent-spaces": LatentSpaceStudy(recipe=lambda place, chunk_size: pure_run(place, chunk_size, AuxiliaryTerm())),
 }

@@ -22,8 +22,8 @@ import numpy as np
 import optax
 from jaxtyping import Float, Int
 
-from calm.core.backbone import BackboneConfig
 from calm.core.brier_lm import Protocol
+from calm.core.transformer import TransformerConfig
 from calm.errors import UsageError
 from calm.evaluate.blocks import text_protocol
 from calm.evaluate.brier import evaluate_predictor
@@ -140,7 +140,7 @@ def spearman(one: Float[np.ndarray, "X"], two: Float[np.ndarray, "X"]) -> float:
 
 def _checkpoints(data: Data, dim: int, regime: Regime, steps: Sequence[int], seed: int) -> Iterator[tuple[int, Any]]:
     """Trains one model and hands it out at each of `steps`."""
-    backbone = BackboneConfig(dim=dim, num_layers=2, num_heads=2, num_kv_heads=2, inner_dim=2 * dim)
+    backbone = TransformerConfig(dim=dim, num_layers=2, num_heads=2, num_kv_heads=2, inner_dim=2 * dim)
     objective = TokenObjective(TokenLMConfig(vocab_size=data.tokenizer.vocab_size, backbone=backbone), context=LENGTH)
     params = objective.init(stream(jax.random.key(seed), "init"))
     schedule = optax.warmup_cosine_decay_schedule(0.0, RATE, min(20, steps[-1]), steps[-1], RATE / 10)

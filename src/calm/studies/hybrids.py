@@ -1,6 +1,6 @@
 """Every pattern of mixers as the backbone of one latent language model: at equal compute, and at equal size.
 
-The recipe is given (`calm.studies.catalogue.written_run`), and `BackboneConfig.pattern` is all that changes. A pattern stands
+The recipe is given (`calm.studies.catalogue.written_run`), and the pattern of mixers is all that changes. A pattern stands
 in the table twice:
 
     S          the width of A, trained with the FLOPs of the budget: a costly pattern sees less text
@@ -20,10 +20,11 @@ from typing import Any
 import jax
 from flax import nnx
 
-from calm.core.backbone import BackboneConfig
 from calm.core.latent_lm import LatentLMConfig
+from calm.core.transformer import TransformerConfig
 from calm.errors import UsageError
 from calm.evaluate.tables import interval_text, table
+from calm.hybrid.backbone import of_pattern
 from calm.runs.stages import LatentLMRun, load_autoencoder, load_run_config
 from calm.studies.runner import Cell, cell_folder, sized
 from calm.studies.scoring import BRIER, mean_report, results_table
@@ -40,7 +41,7 @@ NEAR = 0.03
 # -- equal size -------------------------------------------------------------------------------------------------------
 
 
-def equal_size(model: LatentLMConfig, pattern: str) -> BackboneConfig:
+def equal_size(model: LatentLMConfig, pattern: str) -> TransformerConfig:
     """The backbone of this pattern with which the whole model has as many weights as `model`, within `NEAR`.
 
     The width is searched in steps that the heads of attention divide, the SwiGLU in proportion; then the SwiGLU alone takes up
@@ -53,11 +54,11 @@ def equal_size(model: LatentLMConfig, pattern: str) -> BackboneConfig:
     step = 2 * base.num_heads
     wanted = base.parameters() + _around(model, base.dim)
 
-    def at(dim: int, inner_dim: int) -> tuple[int, BackboneConfig]:
-        backbone = dataclasses.replace(base, pattern=pattern, dim=dim, inner_dim=inner_dim)
+    def at(dim: int, inner_dim: int) -> tuple[int, TransformerConfig]:
+        backbone = of_pattern(base, pattern, dim=dim, inner_dim=inner_dim)
         return backbone.parameters() + _around(model, dim), backbone
 
-    def in_proportion(steps: int) -> tuple[int, BackboneConfig]:
+    def in_proportion(steps: int) -> tuple[int, TransformerConfig]:
         return at(steps * step, max(1, round(steps * step * base.inner_dim / base.dim)))
 
     low, high = 1, 4 * max(1, base.dim // step)  # the widest that is no larger than `model`, by halving
@@ -80,7 +81,7 @@ def equal_size(model: LatentLMConfig, pattern: str) -> BackboneConfig:
 @functools.cache
 def _around(model: LatentLMConfig, dim: int) -> int:
     """Weights of what stands around a backbone of width `dim`, whatever its pattern."""
-    backbone = BackboneConfig(dim=dim, num_layers=1, num_heads=1, num_kv_heads=1)
+    backbone = TransformerConfig(dim=dim, num_layers=1, num_heads=1, num_kv_heads=1)
     return dataclasses.replace(model, backbone=backbone).parameters() - backbone.parameters()
 
 
@@ -100,15 +101,15 @@ def cells(place: Place, budget: float | None, recipe: Callable[[Place, int], Lat
 
 
 def with_backbone(run: LatentLMRun, **settings: Any) -> LatentLMRun:
-    """The run with other settings of its backbone."""
-    backbone = dataclasses.replace(run.model.backbone, **settings)
+    """The run with another pattern of mixers, or other settings of its backbone."""
+    backbone = of_pattern(run.model.backbone, **{"pattern": run.model.backbone.pattern, **settings})
     return dataclasses.replace(run, model=dataclasses.replace(run.model, backbone=backbone))
 
 
 # -- what is measured -------------------------------------------------------------------------------------------------
 
 
-def state_bytes(config: BackboneConfig, context: int) -> int:
+def state_bytes(config: TransformerConfig, context: int) -> int:
     """Bytes of the state of one sequence with room for `context` positions, as generation keeps it; counted on shapes."""
     state = nnx.eval_shape(lambda: config.build(rngs=nnx.Rngs(0)).init_state(1, context).layers)
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))

@@ -20,10 +20,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from calm.core.autoencoder import HierarchicalAutoencoder
+from calm.config import from_dict
+from calm.core.autoencoder import AutoencoderConfig
 from calm.core.intervals import Interval
 from calm.evaluate.inspection import AutoencoderInspection
 from calm.evaluate.tables import interval_text, table
+from calm.posteriors.hierarchical import HierarchicalAutoencoder
 from calm.runs import bundle, presets
 from calm.runs import measure as examine
 from calm.runs.stages import AutoencoderRun, LatentLMRun
@@ -40,22 +42,22 @@ CODED_TOKENS = 16 * 1024
 """held-out tokens that the autoencoders are scored on"""
 
 _WIDE: dict[str, Any] = dict(chunk_size=16, latent_dim=256, dim=256, inner_dim=640)
-_LEVELS: dict[str, Any] = dict(_WIDE, lower_chunk_size=4, lower_latent_dim=64)
-SPACES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "gaussian-k4": ({}, {}),
-    "spherical-k4": (dict(posterior="power_spherical"), {}),
-    "gaussian-k16": (_WIDE, {}),
-    "hierarchical-k16": (_LEVELS, {}),
-    "hierarchical-k16-upper-loss": (_LEVELS, dict(lower_weight=0.0)),
+_LEVELS: dict[str, Any] = dict(_WIDE, kind="hierarchical", lower_chunk_size=4, lower_latent_dim=64)
+SPACES: dict[str, dict[str, Any]] = {
+    "gaussian-k4": {},
+    "spherical-k4": dict(posterior="power_spherical"),
+    "gaussian-k16": _WIDE,
+    "hierarchical-k16": _LEVELS,
+    "hierarchical-k16-upper-loss": dict(_LEVELS, lower_weight=0.0),
 }
-"""cell -> what differs from the preset `wikitext2-tiny` in the autoencoder's model, and in its loss"""
+"""cell -> settings of the autoencoder that differ from the preset `wikitext2-tiny`"""
 
 
 def autoencoder_run(place: Place, name: str) -> AutoencoderRun:
     """Stage 1 of a cell."""
-    base, (model, loss) = presets.get("wikitext2-tiny").autoencoder, SPACES[name]
-    model, loss = dataclasses.replace(base.model, **model), dataclasses.replace(base.loss, **loss)
-    return dataclasses.replace(base, data=place.data, model=model, loss=loss)
+    base = presets.get("wikitext2-tiny").autoencoder
+    model = from_dict(AutoencoderConfig, SPACES[name], base.model)
+    return dataclasses.replace(base, data=place.data, model=model)
 
 
 def autoencoders(place: Place, budget: float | None) -> list[Cell]:

@@ -1,7 +1,7 @@
 """The three loss types of "Hybrid CALM-on-Z" (J. Adam 2025) on one model: energy, direction, both.
 
 Everything else is the preset `z-tiny`. Its auxiliary cross-entropy is on in all cells: the energy alone stays at BrierLM 0 at
-this size (docs/log.md). `--grid loss.auxiliary_weight=0,1` asks what it does here.
+this size (docs/log.md). `--grid loss.terms.auxiliary.weight=0,1` asks what it does here.
 """
 
 import dataclasses
@@ -31,7 +31,7 @@ PARTS = ("d_fid", "d_div", "rf_loss", "gate_mean")
 def loss_kind_run(place: Place, kind: presets.LossKind, rf_weight: float) -> LatentLMRun:
     """`z-tiny` with another loss."""
     base = presets.get("z-tiny").lm
-    loss = presets.loss_of_kind(kind, rf_weight, auxiliary_weight=base.loss.auxiliary_weight)
+    loss = presets.loss_of_kind(kind, rf_weight, *([base.loss.terms["auxiliary"]] if "auxiliary" in base.loss.terms else []))
     return dataclasses.replace(base, data=place.data, autoencoder=str(place.autoencoder(4)), loss=loss)
 
 

@@ -21,9 +21,10 @@ from jaxtyping import Array, Float, Int
 
 from calm import config as configuration
 from calm.config import suggestion
-from calm.core.backbone import BackboneConfig
+from calm.core.transformer import TransformerConfig
 from calm.errors import DivergedError, UsageError
 from calm.evaluate.tables import table
+from calm.hybrid.backbone import of_pattern
 from calm.hybrid.hopfield import HopfieldConfig
 from calm.rng import stream
 from calm.studies.memory_tasks import PRESETS, MemoryTask
@@ -39,18 +40,18 @@ ENOUGH = 0.999
 SCORED_ROWS = 1024
 TRAINING, SCORING = 0, 1
 
-TINY = BackboneConfig(dim=64, num_layers=2, num_heads=4, num_kv_heads=4, inner_dim=128)
+TINY = TransformerConfig(dim=64, num_layers=2, num_heads=4, num_kv_heads=4, inner_dim=128)
 CONTEXT = HopfieldConfig(memory="context")
-BACKBONES: dict[str, BackboneConfig] = {
+BACKBONES: dict[str, TransformerConfig] = {
     "A": TINY,
-    "S": dataclasses.replace(TINY, pattern="S"),
-    "C": dataclasses.replace(TINY, pattern="C"),
-    "G": dataclasses.replace(TINY, pattern="G"),
-    "H-slots": dataclasses.replace(TINY, pattern="H"),
-    "H-context": dataclasses.replace(TINY, pattern="H", hopfield=CONTEXT),
-    "C,H-context": dataclasses.replace(TINY, pattern="C,H", hopfield=CONTEXT),
-    "SH": dataclasses.replace(TINY, pattern="SH"),
-    "SHA": dataclasses.replace(TINY, pattern="SHA"),
+    "S": of_pattern(TINY, "S"),
+    "C": of_pattern(TINY, "C"),
+    "G": of_pattern(TINY, "G"),
+    "H-slots": of_pattern(TINY, "H"),
+    "H-context": of_pattern(TINY, "H", mixers={"H": CONTEXT}),
+    "C,H-context": of_pattern(TINY, "C,H", mixers={"H": CONTEXT}),
+    "SH": of_pattern(TINY, "SH"),
+    "SHA": of_pattern(TINY, "SHA"),
 }
 TASKS = ("copy-16", "copy-64", "selective-16", "selective-64", "induction-16", "induction-64", "recall-4", "recall-16")
 
@@ -61,7 +62,7 @@ class MemoryRun:
 
     task: str = "recall-4"
     """a preset of `calm.studies.memory_tasks`"""
-    backbone: BackboneConfig = TINY
+    backbone: TransformerConfig = TINY
     optimizer: OptimizerConfig = OptimizerConfig(learning_rate=3e-3, warmup_steps=50, schedule="cosine", weight_decay=0.0)
     steps: int = 1000
     batch_size: int = 64

@@ -17,11 +17,13 @@ import jax
 import numpy as np
 from flax import nnx
 
+from calm.core.mixer import Tap
 from calm.errors import UsageError
 from calm.evaluate.blocks import score_ngram
 from calm.evaluate.ngram import fit_ngrams
 from calm.evaluate.tables import table
-from calm.hybrid.taps import Tap, mask_paths, replace_controller, shuffle_input, tapped
+from calm.hybrid.backbone import of_pattern
+from calm.hybrid.taps import mask_paths, replace_controller, shuffle_input, tapped
 from calm.runs import bundle, presets
 from calm.runs.stages import validation_blocks
 from calm.studies.ablation_report import ablation_csv, draw_ablation
@@ -82,7 +84,7 @@ def cells(data: str, budget: float | None) -> list[Cell]:
     train = dataclasses.replace(base.train, batch_size=ROWS, num_tokens=NUM_TOKENS, optimizer=optimizer)
     found = []
     for name, (pattern, segments) in RETRAINED.items():
-        backbone = dataclasses.replace(base.model.backbone, pattern=pattern, num_segments=segments, **SIZES)
+        backbone = of_pattern(base.model.backbone, pattern, num_segments=segments, **SIZES)
         model = dataclasses.replace(base.model, backbone=backbone, table_dim=TABLE_DIM)
         found.append(Cell(name=name, run=dataclasses.replace(base, data=data, model=model, train=train), budget=budget))
     return found

@@ -7,6 +7,7 @@ segments see less text; `--budget` left out gives all the preset's steps, and th
 
 import dataclasses
 
+from calm.hybrid.backbone import of_pattern
 from calm.runs import presets
 from calm.studies.runner import Cell
 from calm.studies.study import Place
@@ -26,7 +27,7 @@ def cells(place: Place, budget: float | None) -> list[Cell]:
     base = presets.get("z-tiny").lm
     found = []
     for name, (pattern, segments) in CELLS.items():
-        backbone = dataclasses.replace(base.model.backbone, pattern=pattern, num_segments=segments)
+        backbone = of_pattern(base.model.backbone, pattern, num_segments=segments)
         model = dataclasses.replace(base.model, backbone=backbone)
         run = dataclasses.replace(base, data=place.data, autoencoder=str(place.autoencoder(4)), model=model)
         found.append(Cell(name=name, run=run, budget=budget))

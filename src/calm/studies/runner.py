@@ -145,9 +145,12 @@ def _rescheduled(run: Run, steps: int) -> Run:
     """The run with the steps at which terms of its loss come and go where they would be, had it `steps` steps."""
     if not isinstance(run, LatentLMRun):
         return run
-    at = {name: getattr(run.loss, name) for name in ("auxiliary_decay_steps", "energy_from_step")}
-    scaled: dict[str, Any] = {name: max(1, round(step * steps / run.train.steps)) for name, step in at.items() if step}
-    return dataclasses.replace(run, loss=dataclasses.replace(run.loss, **scaled))
+    terms = []
+    for term in run.loss.terms.values():
+        at = {name: getattr(term, name) for name in ("decay_steps", "from_step")}
+        scaled = {name: max(1, round(step * steps / run.train.steps)) for name, step in at.items() if step}
+        terms.append(dataclasses.replace(term, **scaled))
+    return dataclasses.replace(run, loss=run.loss.with_terms(*terms))
 
 
 def flops_per_token(run: Run) -> float:
@@ -197,7 +200,7 @@ def describe(name: str, seed: int, run: Run) -> dict[str, Any]:
 
 
 def grid(cells: Sequence[Cell], axes: Mapping[str, Sequence[str]]) -> list[Cell]:
-    """Every cell for every combination of dotted settings, such as `{"loss.auxiliary_weight": ["0", "1", "3"]}`.
+    """Every cell for every combination of dotted settings, such as `{"loss.terms.auxiliary.weight": ["0", "1", "3"]}`.
 
     Raises:
         UsageError: a setting that the configuration does not have.
@@ -214,12 +217,12 @@ def grid(cells: Sequence[Cell], axes: Mapping[str, Sequence[str]]) -> list[Cell]
 
 
 def parse_axes(words: Sequence[str]) -> dict[str, list[str]]:
-    """`["loss.alpha=0.9,1"]` -> `{"loss.alpha": ["0.9", "1"]}`."""
+    """`["train.seed=0,1"]` -> `{"train.seed": ["0", "1"]}`."""
     axes = {}
     for word in words:
         key, equals, values = word.partition("=")
         if not key or not equals or not values:
-            raise UsageError(f"--grid: expected KEY=VALUE,VALUE such as loss.auxiliary_weight=0,1,3, got {word!r}")
+            raise UsageError(f"--grid: expected KEY=VALUE,VALUE such as loss.terms.auxiliary.weight=0,1,3, got {word!r}")
         axes[key] = values.split(",")
     return axes
 

@@ -10,8 +10,7 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
-from calm.core import generate
-from calm.core.generate import SpecialIds
+from calm.core.generate import SpecialIds, generate
 from calm.core.intervals import BlockSums
 from calm.core.sampler import PlainSampler
 from calm.core.temperature import BatchTemperature

@@ -8,10 +8,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from calm.core.backbone import BackboneConfig, BackboneState
-from calm.core.decoder import ScoringTable
 from calm.core.dense import Dense, Precision, dense_flops, matmul, operand, product
 from calm.core.predictor import Noise
+from calm.core.transformer import BackboneState, TransformerConfig
+from calm.core.vocabulary import ScoringTable
 from calm.errors import UsageError
 from calm.rng import PRNGKey, stream
 from calm.token.softmax_head import SoftmaxHead, draw_tokens, nats_and_match
@@ -23,7 +23,7 @@ class TokenLMConfig:
 
     vocab_size: int = 0
     """V; 0 = taken from the data's tokenizer"""
-    backbone: BackboneConfig = BackboneConfig()
+    backbone: TransformerConfig = TransformerConfig()
     table_dim: int = 0
     """width W of the embedding table, with a linear map to D and back; 0 = D. A narrow table makes the logits cheap"""
     tied: bool = True

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from calm.core.decoder import ARGMAX_GROUP, ARGMAX_ROWS, ScoringTable
 from calm.core.dense import Dense, Precision, dense_flops, operand, product
+from calm.core.vocabulary import ARGMAX_GROUP, ARGMAX_ROWS, ScoringTable
 
 
 class SoftmaxHead(nnx.Module):
@@ -49,7 +49,7 @@ def draw_tokens(
 ) -> Int[Array, "S *b"]:
     """S tokens drawn from softmax(states . table) at every position, by two numbers uniform in [0, 1) for each.
 
-    As `calm.core.decoder.draw_token`, which inverts the distribution function in two steps; here the S draws of a
+    As `calm.core.vocabulary.draw_token`, which inverts the distribution function in two steps; here the S draws of a
     position share its logits, which are made once and never kept.
     """
 

@@ -22,11 +22,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from calm.core.decoder import ScoringTable
+from calm.core.chunk_decoder import recent_tokens
 from calm.core.dense import matmul
 from calm.core.generate import LENGTH_STEP
 from calm.core.predictor import NextVector, Noise
-from calm.decoders.context_decoder import recent_tokens
+from calm.core.vocabulary import ScoringTable
 from calm.errors import UsageError
 from calm.rng import PRNGKey, stream
 from calm.text.chunking import NOTHING, pad_prompts

@@ -28,10 +28,10 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from calm.core.decoder import ScoringTable
 from calm.core.energy_score import energy_loss
 from calm.core.generate import HasSpecialIds
 from calm.core.predictor import NextVector
+from calm.core.vocabulary import ScoringTable
 from calm.errors import DivergedError, UsageError
 from calm.rng import PRNGKey, stream
 from calm.ttt import fast_weights

@@ -1,68 +1,26 @@
-"""A latent to K hidden states, and hidden states to tokens."""
+"""Scoring hidden states against a vocabulary without keeping the logits: the best token, and a token drawn from the softmax.
+
+V vocabulary · D width of states and table · R rows
+"""
 
 from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from calm.core.dense import Dense, Precision, operand, product
-from calm.core.encoder import apply_layers
-from calm.core.mlp import ResidualSwiGLU
-from calm.core.posterior import POSTERIORS, PosteriorKind
-from calm.core.stack import Stack
+from calm.core.dense import Precision, operand, product
 
 ARGMAX_ROWS = 400  # rows of logits that stay in cache at V = 8192
 ARGMAX_GROUP = 64  # columns a vector unit reduces at a time
 
 
-class Decoder(nnx.Module):
-    """Z -> D, chunk layers, D -> K*D, token layers at each of the K places, norm: the encoder's mirror (CALM).
-
-    A vector is first brought to where latents lie. Nothing keeps a language model's samples on a sphere, and nothing has to:
-    the energy score is proper in all of R^Z. But the decoder has seen no other radius, and the radius says nothing.
-    """
-
-    def __init__(
-        self,
-        *,
-        chunk_size: int,
-        latent_dim: int,
-        posterior: PosteriorKind,
-        dim: int,
-        inner_dim: int,
-        layers_per_stage: int,
-        init_std: float | None,
-        precision: Precision,
-        rngs: nnx.Rngs,
-    ):
-        def layer(rngs: nnx.Rngs) -> ResidualSwiGLU:
-            return ResidualSwiGLU(dim, inner_dim, init_std=init_std, precision=precision, rngs=rngs)
-
-        def dense(in_dim: int, out_dim: int) -> Dense:
-            return Dense(in_dim, out_dim, use_bias=True, init_std=init_std, precision=precision, rngs=rngs)
-
-        self.from_latent = dense(latent_dim, dim)
-        self.chunk_layers = Stack(layer, layers_per_stage, rngs=rngs)
-        self.expand = dense(dim, chunk_size * dim)
-        self.token_layers = Stack(layer, layers_per_stage, rngs=rngs)
-        self.norm = nnx.RMSNorm(dim, epsilon=1e-6, rngs=rngs)
-        self.chunk_size, self.posterior = chunk_size, posterior
-
-    def __call__(self, latents: Float[Array, "*b Z"]) -> Float[Array, "*b K D"]:
-        hidden = apply_layers(self.chunk_layers, self.from_latent(POSTERIORS[self.posterior].onto(latents)))
-        hidden = self.expand(hidden)
-        hidden = hidden.reshape(*hidden.shape[:-1], self.chunk_size, -1)
-        return self.norm(apply_layers(self.token_layers, hidden))
-
-
 class ScoringTable(NamedTuple):
-    """The table as the right operand of its product, without the banned tokens: a loop makes it once, in front.
+    """A token table as the right operand of its product, without the banned tokens; loops make it once, before they start.
 
-    Columns that fill up the last group repeat earlier ones, so nothing has to be masked: whichever copy wins, `ids` names the
-    token. (Masking logits copies them; and with few rows the product against the table as it is takes three times as long.)
+    Columns that fill the last group repeat earlier ones, so nothing has to be masked: whichever copy wins, `ids` names the
+    token. (Masking would copy the logits; and with few rows a product with the untransposed table takes three times as long.)
     """
 
     columns: Float[Array, "D W"]
