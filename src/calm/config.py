@@ -203,7 +203,7 @@ def _decode(hint: Any, value: Any, default: Any, where: str, path: str, lenient:
         return value
     if origin in (Union, types.UnionType):
         return _decode_union(get_args(hint), value, default, where, path)
-    if dataclasses.is_dataclass(hint):
+    if _is_table(hint):
         return _decode_dataclass(cast(Any, hint), value, default, where, path)
     if origin is Literal:
         for option in get_args(hint):
@@ -259,7 +259,7 @@ def _decode_sequence(hint: Any, origin: Any, value: Sequence[Any], where: str, p
 def _decode_table(of: Any, value: Mapping[str, Any], default: Any, where: str, path: str) -> "FrozenDict":
     """A table with free keys. One of members of a family keeps entries that the file does not name; "none" drops one."""
     below = dict(default) if isinstance(default, Mapping) and not getattr(where, "whole", False) else {}
-    family = isinstance(of, type) and issubclass(of, Registered)
+    family = _is_family(of)
     table = below.copy() if family else {}
     for key, item in value.items():
         if family and item == NONE:
@@ -307,7 +307,7 @@ def with_kind(root: Config, path: str, kind: str) -> Config:
 
 
 def _decode_union(members: tuple[Any, ...], value: Any, default: Any, where: str, path: str) -> Any:
-    tables = [member for member in members if dataclasses.is_dataclass(member)]
+    tables = [member for member in members if _is_table(member)]
     if isinstance(value, Mapping) and tables:
         if len(tables) > 1:
             raise TypeError(f"{path}: a configuration cannot choose between {tables}; make them a family (calm.registry)")
@@ -363,6 +363,14 @@ def _current(cls: Any, mapping: Mapping[str, Any], where: str) -> dict[str, Any]
 # -- small helpers ----------------------------------------------------------------------------------------------------
 
 
+def _is_family(hint: Any) -> bool:
+    return isinstance(hint, type) and issubclass(hint, Registered)
+
+
+def _is_table(hint: Any) -> bool:
+    return dataclasses.is_dataclass(hint) or _is_family(hint)
+
+
 def _unwrap(hint: Any) -> tuple[Any, Any]:
     while get_origin(hint) is Annotated:
         hint = get_args(hint)[0]
@@ -409,7 +417,7 @@ def _describe(hint: Any) -> str:
         return "a table"
     if origin in (Union, types.UnionType):
         return " or ".join(_describe(member) for member in get_args(hint))
-    if dataclasses.is_dataclass(hint):
+    if _is_table(hint):
         return f"a table of {hint.__name__}"
     words = {
         int: "int",

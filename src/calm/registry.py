@@ -101,10 +101,10 @@ class Registered:
         def decorate(member: Member) -> Member:
             taken = cls._members.get(name)
             path = f"{member.__module__}:{member.__qualname__}"
-            if taken is not None and f"{taken.__module__}:{taken.__qualname__}" != path:
-                raise ValueError(f"{cls.family} {name!r} is registered already, by {taken.__module__}")
             if PROVIDED.get(cls.family, {}).get(name, path) != path:
                 raise ValueError(f"{cls.family} {name!r} comes with calm; register {path} under another name")
+            if taken is not None and f"{taken.__module__}:{taken.__qualname__}" != path:
+                raise ValueError(f"{cls.family} {name!r} is registered already, by {taken.__module__}")
             cls._members[name] = member
             setattr(member, "kind", name)  # noqa: B010  a class variable of any class
             return member

@@ -4,7 +4,8 @@
 
 A verb that trains holds a configuration in a field and names it in the class attribute `configuration`; files and presets
 (`from_preset(name)`) then fill that field, and its options need no prefix (`--model.dim 256`). For every other verb files
-fill the verb's own fields. Human numbers (30k, 2M) are read everywhere, `none` is None, and a bad option ends in one line.
+fill the verb's own fields. `--model.head.kind flow` chooses another member of a family (`calm.registry`). Human numbers
+(30k, 2M) are read everywhere, `none` is None, and a bad option ends in one line.
 """
 
 import contextlib
@@ -31,15 +32,26 @@ def parse(cls: Any, arguments: Sequence[str], *, prog: str, epilogue: str = "") 
     presets = _take(rest, "--preset")
     rest = [word for word in rest if word not in ("--json", "-v", "--verbose")]
     default = _default(cls, presets[-1] if presets else None, files, prog)
+    _choose_kinds(default, rest)
+    late = _of_missing_entries(default, rest)
+    told = dict(prog=prog, description=f"{inspect.getdoc(cls) or ''}\n\n{epilogue}")
+    verb = _parsed(cls, rest, default, **told)
+    if late and verb is not None:  # the entries are there now, or can be added to what the other options say
+        _add_entries(verb, late)
+        verb = _parsed(cls, late, verb, **told)
+    return verb
+
+
+def _parsed(cls: Any, words: Sequence[str], default: Any, *, prog: str, description: str) -> Any:
     heard = io.StringIO()
     try:
         with contextlib.redirect_stderr(heard):
             return tyro.cli(
                 cls,
                 prog=prog,
-                args=rest,
+                args=words,
                 default=default,
-                description=f"{inspect.getdoc(cls) or ''}\n\n{epilogue}",
+                description=description,
                 registry=_REGISTRY,
                 config=(tyro.conf.AvoidSubcommands, tyro.conf.FlagCreatePairsOff, tyro.conf.HelptextFromCommentsOff),
             )
@@ -71,6 +83,58 @@ def _default(cls: Any, preset: str | None, files: list[str], prog: str) -> Any:
         value = values[item.name] if item.name in values else _default_of(cls, item.name)
         object.__setattr__(default, item.name, value)
     return default
+
+
+def _choose_kinds(default: Any, words: list[str]) -> None:
+    """Takes `--model.head.kind flow` out of the words and puts that member's defaults in the place of the present ones."""
+    field = getattr(type(default), "configuration", None)
+    options = [word.partition("=")[0] for word in words if word.startswith("--")]
+    for option in options if field is not None else ():
+        path, _, last = option[2:].replace("-", "_").rpartition(".")
+        if path and last == config.KIND:
+            chosen = config.with_kind(getattr(default, field), path, _take(words, option)[-1])
+            object.__setattr__(default, field, chosen)
+
+
+def _of_missing_entries(default: Any, words: list[str]) -> list[str]:
+    """Takes out options, with their values, of entries that are not there yet, such as `--loss.terms.anchor.weight`."""
+    field = getattr(type(default), "configuration", None)
+    if field is None:
+        return []
+    late, rest, to = [], [], None
+    for word in words:
+        if word.startswith("--"):
+            path = word[2:].partition("=")[0].replace("-", "_").split(".")
+            to = late if _missing_entry(getattr(default, field), path) else rest
+        (rest if to is None else to).append(word)
+    words[:] = rest
+    return late
+
+
+def _add_entries(verb: Any, words: Sequence[str]) -> None:
+    """Adds the entries that these options are about, with their defaults."""
+    settings = getattr(verb, verb.configuration)
+    for word in words:
+        if word.startswith("--"):
+            missing = _missing_entry(settings, word[2:].partition("=")[0].replace("-", "_").split("."))
+            if missing:
+                settings = config.with_kind(settings, ".".join(missing), missing[-1])
+    object.__setattr__(verb, verb.configuration, settings)
+
+
+def _missing_entry(settings: Any, path: Sequence[str]) -> Sequence[str] | None:
+    """The front part of a path that names an entry which its table does not hold."""
+    value = settings
+    for depth, name in enumerate(path[:-1]):
+        if isinstance(value, config.FrozenDict):
+            if name not in value:
+                return path[: depth + 1]
+            value = value[name]
+        elif not hasattr(value, name):
+            return None
+        else:
+            value = getattr(value, name)
+    return None
 
 
 def _default_of(cls: Any, name: str) -> Any:
