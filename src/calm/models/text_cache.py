@@ -39,11 +39,11 @@ class _Matches(NamedTuple):
 
 
 class _Evidence(NamedTuple):
-    """n_m, t_m and n_m(y) for m = 0..LONGEST; t_0 is not used and 0."""
+    """n_m, t_m and, of the tokens asked for, n_m(y), m = 0..LONGEST; t_0 is not used and 0."""
 
     total: Float[np.ndarray, "M R"]
     types: Float[np.ndarray, "M R"]
-    hits: Float[np.ndarray, "M R"] | None
+    hits: Float[np.ndarray, "M R"]
 
 
 def _matches(context: Integer[np.ndarray, "R L"]) -> _Matches:
@@ -79,7 +79,7 @@ def _evidence(
         total[m] = np.bincount(found.row[found.length >= m], minlength=size)
         types[m] = np.bincount(row_of[longest >= m], minlength=size)
     if token is None:
-        return _Evidence(total, types, None)
+        return _Evidence(total, types, hits)
     hits[0] = (context == token[:, None]).sum(1)
     hit = found.token == token[found.row]
     for m in range(1, LONGEST + 1):
@@ -108,7 +108,6 @@ class CacheWeights:
 
     def mix(self, evidence: _Evidence, base: Float[np.ndarray, "R"]) -> Float[np.ndarray, "R"]:
         """p(y) of the tokens that `evidence` was gathered for, from the base model's."""
-        assert evidence.hits is not None
         p = base
         for weight, hits, total in zip(self.of(evidence), evidence.hits, evidence.total, strict=True):
             p = weight * hits / np.maximum(total, 1) + (1 - weight) * p
@@ -212,7 +211,7 @@ def fit_cache(
 
     def part(rows: Integer[np.ndarray, "R L"], where: slice) -> tuple[np.ndarray, np.ndarray]:
         found = _evidence(rows, _matches(rows), base.vocab_size, token[where])
-        return np.stack(found, 0).transpose(2, 0, 1), base.conditional(rows, token[where])  # type: ignore[arg-type]
+        return np.stack(found).transpose(2, 0, 1), base.conditional(rows, token[where])
 
     stacked, probability = _in_parts(part, context)
     evidence = _Evidence(*stacked.transpose(1, 2, 0))
