@@ -78,8 +78,8 @@ def test_blocks_do_not_read_each_other():
 
 
 def test_reports_stand_beside_those_of_other_models(tmp_path):
-    train, blocks = ArraySplit(text(2000, 1)), text(640, 2).reshape(20, 32)
-    held, document = text(320, 3).reshape(10, 32), np.arange(20)
+    train, blocks = ArraySplit(text(2000, 1)), text(1920, 2).reshape(60, 32)
+    held, document = text(320, 3).reshape(10, 32), np.arange(60)
     reports = evaluate_kneser_ney(train, VOCABULARY, blocks, document, held_out=held, orders=(2, 4), num_samples=4)
     assert list(reports) == ["kn2", "kn2+cache", "kn4", "kn4+cache"]
     others = evaluate_ngrams(train, VOCABULARY, blocks, document)

@@ -28,7 +28,7 @@ class Level:
         codes: (number of x) * V + y, ascending.
         counts: how often x y occurs.
         continuations: how many different tokens (or the start of the text) come before x y.
-        lower: position of x y without its oldest token among the n-grams of the level below.
+        lower: position of x y without its oldest token among the n-grams of the level below; 0 where there is none below.
         starts: position of each context's first n-gram, and P at the end.
     """
 
@@ -74,7 +74,8 @@ def count_ngrams(
 ) -> NgramCounts:
     """Counts every n-gram of a split, n = 1..max_order, by sorting: two sorts of the text for each n.
 
-    N-grams run across document ends, as they do for a language model that reads the same stream. Everything is in memory.
+    N-grams run across document ends, as they do for a language model that reads the same stream. Everything is in memory: for
+    natural text and 5 orders about 170 bytes a token while counting and 70 after, and 50 more for each model that was used.
 
     Args:
         max_tokens: count only this many tokens from the start, where a split does not fit into memory; all by default.
@@ -89,21 +90,20 @@ def count_ngrams(
     tokens = np.asarray(split.read(0, size), np.int64)
     if tokens.min() < 0 or tokens.max() >= vocab_size:
         raise UsageError(f"the split holds token id {tokens.max()}, the vocabulary has {vocab_size}: other data?")
-    found: list[tuple[_Ranks, _Ranks, np.ndarray]] = []
+    levels: list[Level] = []
+    context = gram = _ranked(np.zeros(size, np.int64))
     for m in range(min(max_order, size)):
-        if m == 0:
-            context = _ranked(np.zeros(size, np.int64))
-        else:
-            context = _ranked(found[-1][0].number[1:].astype(np.int64) * vocab_size + tokens[: size - m])
-        gram = _ranked(context.number.astype(np.int64) * vocab_size + tokens[m:])
-        lower = found[-1][1].number[gram.place + 1] if m else np.zeros(0, np.int32)
-        found.append((context, gram, lower))
-    levels = []
-    for m, (context, gram, lower) in enumerate(found):
-        continuations = np.bincount(found[m + 1][2], minlength=len(gram.values)) if m + 1 < len(found) else 0 * gram.counts
-        continuations[gram.number[0]] += 1
+        if m:
+            # Number k belongs to the token at m - 1 + k, whose context is now known one token further back.
+            context = _ranked(context.number[1:].astype(np.int64) * vocab_size + tokens[: size - m])
+        shorter, gram = gram, _ranked(context.number.astype(np.int64) * vocab_size + tokens[m:])
+        lower = shorter.number[gram.place + 1] if m else np.zeros(len(gram.values), np.int32)
+        if m:
+            levels[-1].continuations[:] += np.bincount(lower, minlength=len(shorter.values)).astype(np.int32)
         starts = np.searchsorted(gram.values, np.arange(len(context.values) + 1, dtype=np.int64) * vocab_size)
-        levels.append(Level(context.values, gram.values, gram.counts, continuations.astype(np.int32), lower, starts))
+        start_of_text = np.zeros(len(gram.values), np.int32)
+        start_of_text[gram.number[0]] = 1
+        levels.append(Level(context.values, gram.values, gram.counts, start_of_text, lower, starts))
     return NgramCounts(tuple(levels), vocab_size, size, max_order)
 
 
