@@ -89,6 +89,16 @@ def test_every_context_has_a_distribution_over_the_whole_vocabulary(tokens, orde
     assert p.sum() == pytest.approx(1, rel=1e-12)
 
 
+def test_what_fills_a_short_context_is_no_token():
+    model = KneserNey.closed_form(counted(np.random.default_rng(0).integers(0, VOCABULARY, 150)), 5)
+    for length in range(4):
+        rows = np.array(list(itertools.product(range(VOCABULARY), repeat=length)), int)
+        filled = np.concatenate([np.full((len(rows), 4 - length), NO_TOKEN), rows], axis=1)
+        for y in range(VOCABULARY):
+            token = np.full(len(rows), y)
+            np.testing.assert_array_equal(model.conditional(filled, token), model.conditional(rows, token))
+
+
 @given(texts)
 def test_lower_orders_are_counted_alike_however_many_are_counted(tokens):
     for order in range(1, 6):

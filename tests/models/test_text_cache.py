@@ -53,11 +53,11 @@ def plain_probability(model: Cached, history: list[int], token: int) -> float:
 histories_of_text = st.lists(st.integers(0, VOCABULARY - 1), max_size=30)
 
 
-@given(st.lists(histories_of_text, min_size=1, max_size=4), st.integers(0, VOCABULARY - 1))
-def test_equal_to_the_definition_with_loops(rows, token):
+@given(st.lists(histories_of_text, min_size=1, max_size=4), st.integers(0, VOCABULARY - 1), st.integers(0, 2))
+def test_equal_to_the_definition_with_loops(rows, token, filled):
     model = Cached(base(), WEIGHTS)
-    width = max(map(len, rows)) + 1
-    context = np.array([[*[NO_TOKEN] * (width - len(row)), *row] for row in rows])
+    width = max(map(len, rows)) + filled
+    context = np.array([[*[NO_TOKEN] * (width - len(row)), *row] for row in rows], int)
     found = model.conditional(context, np.full(len(rows), token))
     np.testing.assert_allclose(found, [plain_probability(model, row, token) for row in rows], rtol=1e-9)
 
