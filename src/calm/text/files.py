@@ -9,6 +9,7 @@ from typing import BinaryIO
 
 from calm.errors import UsageError, require_extra
 from calm.text.pieces import Piece, cut_blocks, cut_text
+from calm.text.surrogates import replace_half_surrogates
 
 TEXT = {".txt", ".text", ".md", ".rst", ".tokens", ".raw"}
 LINES = {".jsonl", ".ndjson", ".json"}
@@ -128,7 +129,7 @@ def _json_texts(file: BinaryIO, path: Path, fields: tuple[str, ...], feed: Feed 
             if not isinstance(record, dict) or not isinstance(record.get(field), str):
                 names = ", ".join(record) if isinstance(record, dict) else type(record).__name__
                 raise UsageError(f"source {path}: line {number} has no text in field {field!r} (it has: {names}); see --field")
-        yield tuple(clean(record[field]) for field in fields)
+        yield tuple(replace_half_surrogates(record[field]) for field in fields)
 
 
 def _parquet(path: Path, field: str, feed: Feed | None) -> Iterator[Piece]:
@@ -146,13 +147,4 @@ def _parquet(path: Path, field: str, feed: Feed | None) -> Iterator[Piece]:
     for batch in table.iter_batches(batch_size=256, columns=[field]):
         for text in batch.column(0).to_pylist():
             if text:
-                yield from cut_text(clean(text))
-
-
-def clean(text: str) -> str:
-    """JSON can spell half a surrogate pair, which no UTF-8 text holds: it becomes U+FFFD."""
-    try:
-        text.encode()
-        return text
-    except UnicodeEncodeError:
-        return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+                yield from cut_text(replace_half_surrogates(text))

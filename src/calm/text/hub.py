@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from calm.errors import CalmError, MissingExtraError, UsageError, require_extra
-from calm.text.files import SPLITS, clean
+from calm.text.files import SPLITS
+from calm.text.surrogates import replace_half_surrogates
 
 
 class HubDataset:
@@ -53,7 +54,7 @@ class HubDataset:
                 raise UsageError(
                     f"source {self.spec}: no text in field {self.field!r} (there is: {', '.join(record)}); see --field"
                 )
-            yield clean(record[self.field])
+            yield replace_half_surrogates(record[self.field])
 
     def _ask(self, question: Callable[[], Any]) -> Any:
         try:

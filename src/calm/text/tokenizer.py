@@ -6,7 +6,8 @@ every document) and `<|mask|>` (what a masked token becomes in the autoencoder).
 behind its own ids; Llama 3's `<|begin_of_text|>` and `<|end_of_text|>` are taken for begin and end, as the published CALM
 models use them.
 
-Text that happens to contain the words "<|end|>" is text: no input can produce a special id.
+Text is never control: whatever it spells, `encode` gives no special id (begin, end, mask, and the tokens that a file marks as
+special, but for its unknown token). See `FileTokenizer`.
 """
 
 import abc
@@ -26,6 +27,7 @@ from jaxtyping import Int
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from calm.errors import UsageError, require_extra
+from calm.text.surrogates import replace_half_surrogates
 from calm.text.words import vocabulary, word_level
 
 BEGIN, END, MASK = SPECIALS = ("<|begin|>", "<|end|>", "<|mask|>")
@@ -56,12 +58,24 @@ class Tokenizer(abc.ABC):
     mask_id: int
 
     def encode(self, text: str) -> Int[np.ndarray, "T"]:
-        """The ids of `text` and nothing else: no begin, no end."""
+        """Ids of `text` alone, without begin or end, and never a special id.
+
+        Half a surrogate pair, which no UTF-8 text holds, is read as U+FFFD.
+
+        Raises UsageError: the text holds a word that the vocabulary lacks, and the tokenizer has no id for unknown words.
+        """
         return self.encode_batch([text])[0]
 
-    @abc.abstractmethod
     def encode_batch(self, texts: Sequence[str]) -> list[Int[np.ndarray, "T"]]:
-        """`encode` of each text, on all cores."""
+        """Ids of each text as from `encode`, computed on all cores."""
+        try:
+            return self._encode_batch(texts)
+        except (UnicodeEncodeError, TypeError):  # the tokenizers library says TypeError for half a surrogate pair
+            return self._encode_batch([replace_half_surrogates(text) for text in texts])
+
+    @abc.abstractmethod
+    def _encode_batch(self, texts: Sequence[str]) -> list[Int[np.ndarray, "T"]]:
+        """Ids of each text."""
 
     @abc.abstractmethod
     def decode(self, ids: Int[np.ndarray, "T"] | Sequence[int]) -> str:
@@ -95,7 +109,7 @@ class ByteTokenizer(Tokenizer):
     level = "byte"
     vocab_size, begin_id, end_id, mask_id = 259, 256, 257, 258
 
-    def encode_batch(self, texts: Sequence[str]) -> list[Int[np.ndarray, "T"]]:
+    def _encode_batch(self, texts: Sequence[str]) -> list[Int[np.ndarray, "T"]]:
         return [np.frombuffer(text.encode(), np.uint8).astype(np.int32) for text in texts]
 
     def decode(self, ids: Int[np.ndarray, "T"] | Sequence[int]) -> str:
@@ -114,24 +128,74 @@ class ByteTokenizer(Tokenizer):
 
 
 class FileTokenizer(Tokenizer):
-    """A Hugging Face tokenizer; specials that it lacks are appended."""
+    """A Hugging Face tokenizer; specials that it lacks are appended.
+
+    Two ways lead from text to a special id, and both are closed. The library searches text for added tokens before the model
+    reads it, except for those marked as special: tokens that serve as our specials get that mark. The model's own vocabulary
+    may spell a special token (a SentencePiece vocabulary holds "</s>", a word vocabulary may hold any word): such an id is
+    replaced by the ids of its halves, or by the unknown token in models that know whole words only.
+    """
 
     def __init__(self, inner: tokenizers.Tokenizer):
         names = {name: _ALSO[name] if _only_alias(inner, name) else name for name in SPECIALS}
-        inner.add_special_tokens([name for name in names.values() if inner.token_to_id(name) is None])
+        added = {token.content for token in inner.get_added_tokens_decoder().values()}
+        # Not a token of the model's vocabulary alone: adding it would change the fingerprint of data that exists.
+        inner.add_special_tokens([name for name in names.values() if inner.token_to_id(name) is None or name in added])
         inner.no_truncation()
         inner.no_padding()
-        inner.encode_special_tokens = True  # the words "<|end|>" in a corpus are text
+        inner.encode_special_tokens = True  # specials are not looked for in text
         self._inner = inner
         vocabulary = inner.get_vocab(with_added_tokens=True)
         self.vocab_size = 1 + max(vocabulary.values())
         self.begin_id, self.end_id, self.mask_id = (vocabulary[names[name]] for name in SPECIALS)
+        unknown = getattr(inner.model, "unk_token", None)
         if isinstance(inner.model, models.WordLevel):
             self.level, self.unknown_id = "word", inner.token_to_id(inner.model.unk_token)
+        ours = {self.begin_id, self.end_id, self.mask_id}
+        marked = {id for id, token in inner.get_added_tokens_decoder().items() if token.special and token.content != unknown}
+        if isinstance(inner.model, models.Unigram):
+            marked.discard(json.loads(inner.to_str())["model"].get("unk_id"))
+        self._spelt = self._spellings(ours | marked)
 
-    def encode_batch(self, texts: Sequence[str]) -> list[Int[np.ndarray, "T"]]:
-        encodings = self._inner.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [np.array(encoding.ids, np.int32) for encoding in encodings]
+    def _spellings(self, special: set[int]) -> dict[int, list[int]]:
+        """Ids to write in place of each special id that the model's own vocabulary spells."""
+        model = self._inner.model
+        whole_words = isinstance(model, models.WordLevel | models.WordPiece)
+        unknown = None if not whole_words else self._inner.token_to_id(model.unk_token)
+
+        def spell(text: str) -> list[int]:
+            """Ids of `text` in the alphabet of the model, none of them special."""
+            if whole_words:
+                return [unknown] if unknown is not None and unknown not in special else []
+            found = [token.id for token in model.tokenize(text)]
+            if special.isdisjoint(found):
+                return found
+            half = len(text) // 2
+            return [*spell(text[:half]), *spell(text[half:])] if half else []
+
+        spelt = {}
+        for id in special:
+            text = self._inner.id_to_token(id)
+            if text and model.token_to_id(text) == id:
+                half = len(text) // 2
+                spelt[id] = [*spell(text[:half]), *spell(text[half:])] if not whole_words else spell(text)
+        return spelt
+
+    def _encode_batch(self, texts: Sequence[str]) -> list[Int[np.ndarray, "T"]]:
+        try:
+            encodings = self._inner.encode_batch_fast(list(texts), add_special_tokens=False)
+        except TypeError:
+            raise
+        except Exception as error:  # the library raises bare Exception
+            raise UsageError(f"tokenizer: the text holds what the vocabulary cannot spell ({error})") from error
+        rows = [np.array(encoding.ids, np.int32) for encoding in encodings]
+        return [self._respelt(row) for row in rows] if self._spelt else rows
+
+    def _respelt(self, row: Int[np.ndarray, "T"]) -> Int[np.ndarray, "U"]:
+        """The row with the ids of `_spellings` in place of special ids."""
+        if not np.isin(row, list(self._spelt)).any():
+            return row
+        return np.array([each for id in row.tolist() for each in self._spelt.get(id, (id,))], np.int32)
 
     def decode(self, ids: Int[np.ndarray, "T"] | Sequence[int]) -> str:
         values = np.asarray(ids, np.int64)
@@ -161,7 +225,7 @@ class RankTokenizer(Tokenizer):
             "calm", pat_str=pattern, mergeable_ranks=ranks, special_tokens={}
         )
 
-    def encode_batch(self, texts: Sequence[str]) -> list[Int[np.ndarray, "T"]]:
+    def _encode_batch(self, texts: Sequence[str]) -> list[Int[np.ndarray, "T"]]:
         rows = self._inner.encode_ordinary_batch(list(texts), num_threads=os.cpu_count() or 1)
         return [np.array(row, np.int32) for row in rows]
 
@@ -265,7 +329,9 @@ def train_words(texts: Iterable[str], vocab_size: int | None = None) -> Tokenize
     """
     if vocab_size is not None:
         words_size(f"{WORDS}:{vocab_size}")
-    return FileTokenizer(word_level(vocabulary(texts, None if vocab_size is None else vocab_size - len(SPECIALS))))
+    most = None if vocab_size is None else vocab_size - len(SPECIALS)
+    # A word that reads as a special token would be one for every reader of the file: it is unknown, like a rare word.
+    return FileTokenizer(word_level(vocabulary(texts, most, without={*SPECIALS, *_ALSO.values()})))
 
 
 def word_tokenizer(words: Sequence[str]) -> Tokenizer:

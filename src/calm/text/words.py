@@ -9,7 +9,7 @@ between words and none at line ends.
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 import tokenizers
 from tokenizers import Regex, decoders, models, pre_tokenizers
@@ -36,15 +36,16 @@ def plain_blanks(text: str) -> str:
     return LINE_END.join(" ".join(words_of(line)) for line in text.split(LINE_END))
 
 
-def vocabulary(texts: Iterable[str], most: int | None = None) -> list[str]:
+def vocabulary(texts: Iterable[str], most: int | None = None, without: Collection[str] = ()) -> list[str]:
     """`<unk>`, the line end, then every word of the texts, frequent ones first (ties in the order of their letters).
 
-    `most` bounds all of them together: rarer words are left out. A text must end where a word does.
+    `most` bounds all of them together: rarer words are left out, and so are the words in `without`. A text must end where a
+    word does.
     """
     counts: Counter[str] = Counter()
     for text in texts:
         counts.update(words_of(text))
-    for word in (UNKNOWN, LINE_END):
+    for word in (UNKNOWN, LINE_END, *without):
         counts.pop(word, None)
     ordered = sorted(counts, key=lambda word: (-counts[word], word))
     return [UNKNOWN, LINE_END, *ordered][:most]
