@@ -27,11 +27,13 @@ from jaxtyping import Int
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from calm.errors import UsageError, require_extra
+from calm.text.decoded_tail import decoded_tail, is_byte_token, num_common
 from calm.text.surrogates import replace_half_surrogates
 from calm.text.words import vocabulary, word_level
 
 BEGIN, END, MASK = SPECIALS = ("<|begin|>", "<|end|>", "<|mask|>")
 _ALSO = {BEGIN: "<|begin_of_text|>", END: "<|end_of_text|>"}
+REPLACEMENT = "\ufffd"
 KINDS = "bytes, bpe:SIZE, words, words:SIZE, a tokenizer.json or a tiktoken rank file"
 WORDS = "words"
 Level = Literal["byte", "subword", "word"]
@@ -80,6 +82,10 @@ class Tokenizer(abc.ABC):
     @abc.abstractmethod
     def decode(self, ids: Int[np.ndarray, "T"] | Sequence[int]) -> str:
         """The text of `ids`; special ids are dropped, bytes that are not UTF-8 become U+FFFD."""
+
+    def num_settled(self, ids: Int[np.ndarray, "T"], text: str) -> int:
+        """Number of leading characters of `text`, the decoded `ids`, that stay whatever ids follow."""
+        return len(text.rstrip(REPLACEMENT))  # a character may lack its last bytes
 
     @abc.abstractmethod
     def to_json(self) -> str:
@@ -156,6 +162,7 @@ class FileTokenizer(Tokenizer):
         if isinstance(inner.model, models.Unigram):
             marked.discard(json.loads(inner.to_str())["model"].get("unk_id"))
         self._spelt = self._spellings(ours | marked)
+        self._tail = decoded_tail(json.loads(inner.to_str())["decoder"])
 
     def _spellings(self, special: set[int]) -> dict[int, list[int]]:
         """Ids to write in place of each special id that the model's own vocabulary spells."""
@@ -201,6 +208,25 @@ class FileTokenizer(Tokenizer):
         values = np.asarray(ids, np.int64)
         values = values[~np.isin(values, [self.begin_id, self.end_id, self.mask_id])]
         return self._inner.decode(values.tolist(), skip_special_tokens=True)
+
+    def num_settled(self, ids: Int[np.ndarray, "T"], text: str) -> int:
+        """Number of leading characters of `text`, the decoded `ids`, that stay whatever ids follow."""
+        if not self._tail.bounded:
+            return 0
+        settled = len(text.rstrip(REPLACEMENT + self._tail.loose))
+        if self._tail.byte_runs and (complete := self._without_byte_run(ids)) < len(ids):
+            settled = min(settled, num_common(self.decode(ids[:complete]), text))
+        if self._tail.last_differs and len(ids):
+            settled = min(settled, num_common(self.decode(np.append(ids, ids[-1])), text))
+        return settled
+
+    def _without_byte_run(self, ids: Int[np.ndarray, "T"]) -> int:
+        """Number of ids before those at the end that stand for single bytes, which are decoded together."""
+        for place in range(len(ids) - 1, -1, -1):
+            token = self._inner.id_to_token(int(ids[place])) or ""
+            if not is_byte_token(token) and self.decode(ids[place : place + 1]):
+                return place + 1
+        return 0
 
     def to_json(self) -> str:
         return self._inner.to_str(pretty=True)
