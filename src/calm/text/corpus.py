@@ -11,6 +11,7 @@ the same pieces, or from a document on.
 
 import abc
 import itertools
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +21,7 @@ import numpy as np
 from calm.config import parse_human_int
 from calm.errors import UsageError
 from calm.text import files, python_docs
+from calm.text.compressed import Feed
 from calm.text.hub import HubDataset
 from calm.text.pieces import Piece, cut_text
 from calm.worlds.registry import split_spec, world_of
@@ -49,13 +51,17 @@ class Source(abc.ABC):
     license: str = ""
     tokenizer: str = "bpe:8192"
     words: tuple[str, ...] = ()
+    left_out: tuple[str, ...] = ()
 
     @abc.abstractmethod
-    def pieces(self, part: int, feed: files.Feed | None = None) -> Iterator[Piece]:
-        """The documents of a part from its start; `feed` gets the bytes that the checksum is about."""
+    def pieces(self, part: int, feed: Feed | None = None, found: Counter[str] | None = None) -> Iterator[Piece]:
+        """The documents of a part from its start.
+
+        `feed` gets the bytes that the checksum is about; `found` counts "records without text" and "separators".
+        """
 
     def pieces_from(self, part: int, document: int) -> Iterator[Piece]:
-        """The same from a document on (an empty document counts)."""
+        """The documents of a part from number `document` on (an empty document counts)."""
         pieces = self.pieces(part)
         for _ in range(document):
             while not next(pieces).last:
@@ -72,7 +78,12 @@ class Source(abc.ABC):
 
 
 def open_source(
-    spec: str | Path, *, field: str = "text", separator: str | None = None, prompt_field: str | None = None
+    spec: str | Path,
+    *,
+    field: str = "text",
+    separator: str | None = None,
+    prompt_field: str | None = None,
+    out: str | Path | None = None,
 ) -> Source:
     """The source that the user named.
 
@@ -80,6 +91,7 @@ def open_source(
       field: where .jsonl, .parquet and hub records hold their text.
       separator: what stands between the documents of a .txt, such as "<|endoftext|>"; None: the file is one document.
       prompt_field: where records of .jsonl files hold a prompt, which comes before their text and is only read.
+      out: the folder that is prepared; what lies in it is no part of the source.
     """
     if prompt_field is not None and (str(spec) == "pydoc" or str(spec).startswith(("hf:", "world:"))):
         raise UsageError(f"source {spec}: prompts (--prompt-field {prompt_field}) are read from .jsonl files only")
@@ -89,7 +101,7 @@ def open_source(
         return Hub(str(spec), field)
     if str(spec).startswith("world:"):
         return WorldText(str(spec).removeprefix("world:"))
-    return Files(Path(spec), field, separator, prompt_field)
+    return Files(Path(spec).expanduser(), field, separator, prompt_field, None if out is None else Path(out).expanduser())
 
 
 class PythonDocs(Source):
@@ -102,7 +114,7 @@ class PythonDocs(Source):
             raise UsageError("source pydoc: this Python comes without its standard library's sources; give a file or folder")
         self.parts = (Part("pydoc", "train", sum(len(text.encode()) for text in self._documents)),)
 
-    def pieces(self, part: int, feed: files.Feed | None = None) -> Iterator[Piece]:
+    def pieces(self, part: int, feed: Feed | None = None, found: Counter[str] | None = None) -> Iterator[Piece]:
         for text in self._documents:
             if feed:
                 feed(text.encode())
@@ -120,15 +132,16 @@ class Files(Source):
 
     kind = "files"
 
-    def __init__(self, path: Path, field: str, separator: str | None, prompt_field: str | None = None):
-        found = files.list_files(path)
+    def __init__(self, path: Path, field: str, separator: str | None, prompt_field: str | None = None, out: Path | None = None):
+        found, others = files.list_files(path, out)
         self.name = path.resolve().name
         self._options = dict(field=field, separator=separator, prompt_field=prompt_field)
         splits = {file: files.split_of(file, path) if path.is_dir() else None for file in found}
         self.named = any(splits.values())
         unnamed = "left out" if "train" in splits.values() else "train"
         self._paths = [file for file in found if (splits[file] or unnamed) != "left out"]
-        self.left_out = [file.name for file in found if file not in self._paths]
+        others += [file for file in found if file not in set(self._paths)]
+        self.left_out = tuple(file.relative_to(path).as_posix() for file in sorted(others))
         self.parts = tuple(
             Part(
                 file.relative_to(path).as_posix() if path.is_dir() else file.name,
@@ -140,12 +153,12 @@ class Files(Source):
         if all(part.split != "train" for part in self.parts):
             raise UsageError(f"source {path}: every file is named valid or test; name one train, or give a single file")
 
-    def pieces(self, part: int, feed: files.Feed | None = None) -> Iterator[Piece]:
-        return files.read_pieces(self._paths[part], feed=feed, **self._options)
+    def pieces(self, part: int, feed: Feed | None = None, found: Counter[str] | None = None) -> Iterator[Piece]:
+        return files.read_pieces(self._paths[part], feed=feed, found=found, **self._options)
 
     def stamp(self) -> dict[str, Any]:
         listed = [{"file": part.name, "split": part.split, "bytes": part.bytes} for part in self.parts]
-        return {"files": listed, "left_out": self.left_out}
+        return {"files": listed, "left_out": list(self.left_out)}
 
     def state(self) -> Any:
         return [[part.name, part.bytes, path.stat().st_mtime_ns] for part, path in zip(self.parts, self._paths, strict=True)]
@@ -158,13 +171,13 @@ class Hub(Source):
     def __init__(self, spec: str, field: str):
         self._dataset = HubDataset(spec, field)
         # hf: also takes a local folder, whose path is nobody's business
-        local = Path(spec.removeprefix("hf:"))
+        local = Path(spec.removeprefix("hf:")).expanduser()
         self.name = f"hf:{local.name}" if local.exists() else spec
         self.named = len(self._dataset.splits) > 1
         self.parts = tuple(Part(self._dataset.splits[ours], ours, 0) for ours in self._dataset.splits)
         self._revision = self._dataset.revision()
 
-    def pieces(self, part: int, feed: files.Feed | None = None) -> Iterator[Piece]:
+    def pieces(self, part: int, feed: Feed | None = None, found: Counter[str] | None = None) -> Iterator[Piece]:
         return self._cut(part, 0)
 
     def pieces_from(self, part: int, document: int) -> Iterator[Piece]:
@@ -213,7 +226,7 @@ class WorldText(Source):
         self._texts[part] = [" ".join(words[document].tolist()) for document in documents]
         return sum(map(len, self._texts[part]))
 
-    def pieces(self, part: int, feed: files.Feed | None = None) -> Iterator[Piece]:
+    def pieces(self, part: int, feed: Feed | None = None, found: Counter[str] | None = None) -> Iterator[Piece]:
         for text in self._texts[part]:
             if feed:
                 feed(text.encode())

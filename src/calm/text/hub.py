@@ -23,6 +23,7 @@ class HubDataset:
 
     def __init__(self, spec: str, field: str = "text"):
         name, _, subset = spec.removeprefix("hf:").partition(":")
+        name = str(Path(name).expanduser()) if name.startswith("~") else name
         if not name:
             raise UsageError(f"source {spec}: give hf:NAME or hf:NAME:SUBSET, as in hf:roneneldan/TinyStories")
         self.spec, self.field = spec, field
@@ -45,16 +46,16 @@ class HubDataset:
             return None
 
     def documents(self, split: str, skip: int = 0) -> Iterator[str]:
-        """The texts of one of our splits, from document `skip` on; empty texts are left out but counted in `skip`."""
+        """Texts of one of our splits, from document `skip` on; null is the empty text."""
         stream = self._ask(
             lambda: self._datasets.load_dataset(self._name, self._subset, split=self.splits[split], streaming=True)
         )
         for record in stream.skip(skip) if skip else stream:
-            if not isinstance(record.get(self.field), str):
+            if self.field not in record or not isinstance(record[self.field], str | None):
                 raise UsageError(
                     f"source {self.spec}: no text in field {self.field!r} (there is: {', '.join(record)}); see --field"
                 )
-            yield replace_half_surrogates(record[self.field])
+            yield replace_half_surrogates(record[self.field] or "")
 
     def _ask(self, question: Callable[[], Any]) -> Any:
         try:

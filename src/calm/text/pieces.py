@@ -6,7 +6,7 @@ whole (tested with GPT-2's splitting).
 """
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 PIECE = 16_384  # characters; a piece of a longer document has between one and two times as many
@@ -33,17 +33,20 @@ def cut_text(text: str, start: int = 0) -> Iterator[Piece]:
     yield Piece(text[start:], True)
 
 
-def cut_blocks(blocks: Iterable[str], separator: str | None = None) -> Iterator[Piece]:
+def cut_blocks(
+    blocks: Iterable[str], separator: str | None = None, separated: Callable[[], object] = lambda: None
+) -> Iterator[Piece]:
     """Documents from blocks of text as they come from a file; where the blocks end does not matter.
 
     Without a separator all blocks are one document, kept to the character. With one, documents lose the white space
-    around them, and empty documents are left out.
+    around them, and empty documents are left out. `separated` is called at every separator.
     """
     margin = len(separator or "")
     rest, fresh = "", True  # fresh: nothing of the present document was handed out yet
     for block in blocks:
         *complete, rest = (rest + block).split(separator) if separator else (rest + block,)
         for text in complete:
+            separated()
             yield from _finish(text, fresh, bool(separator))
             fresh = True
         if separator and fresh:

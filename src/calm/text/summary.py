@@ -33,7 +33,8 @@ def summarize(folder: str | Path, *, examples: int = 2, length: int = 200) -> di
     manifest = data.manifest
     return {
         "folder": str(folder),
-        "source": {key: value for key, value in manifest.source.items() if key != "files"},
+        "source": {key: value for key, value in manifest.source.items() if key not in ("files", "left_out")},
+        "remarks": manifest.remarks(),
         "license": manifest.license,
         "tokenizer": manifest.tokenizer,
         "held_out": manifest.held_out,
@@ -61,6 +62,7 @@ def show_summary(summary: dict[str, Any]) -> str:
         f"splits     by {held_out['rule']}: valid {held_out['valid']:g}, test {held_out['test']:g}"
         if held_out["rule"] != "named"
         else "splits     by file name",
+        *(f"note       {remark}" for remark in summary["remarks"]),
         "",
         *(
             "  ".join(

@@ -49,11 +49,13 @@ RANK_PATTERN = (
 class Tokenizer(abc.ABC):
     """Text <-> ids. `vocab_size` counts every id, the specials too; ids are int32 arrays.
 
-    `unknown_id` stands for every word that the vocabulary lacks; None where nothing can be lacking.
+    `unknown_id` stands for every word that a word vocabulary lacks; None for other tokenizers. `lossless` says that every text
+    comes back from its ids, to the character.
     """
 
     level: Level = "subword"
     unknown_id: int | None = None
+    lossless: bool = False
     vocab_size: int
     begin_id: int
     end_id: int
@@ -112,7 +114,7 @@ class Tokenizer(abc.ABC):
 class ByteTokenizer(Tokenizer):
     """One id a byte of UTF-8 (0..255), then begin, end, mask (256..258)."""
 
-    level = "byte"
+    level, lossless = "byte", True
     vocab_size, begin_id, end_id, mask_id = 259, 256, 257, 258
 
     def _encode_batch(self, texts: Sequence[str]) -> list[Int[np.ndarray, "T"]]:
@@ -162,7 +164,9 @@ class FileTokenizer(Tokenizer):
         if isinstance(inner.model, models.Unigram):
             marked.discard(json.loads(inner.to_str())["model"].get("unk_id"))
         self._spelt = self._spellings(ours | marked)
-        self._tail = decoded_tail(json.loads(inner.to_str())["decoder"])
+        content = json.loads(inner.to_str())
+        self._tail = decoded_tail(content["decoder"])
+        self.lossless = _keeps_bytes(content)
 
     def _spellings(self, special: set[int]) -> dict[int, list[int]]:
         """Ids to write in place of each special id that the model's own vocabulary spells."""
@@ -241,7 +245,9 @@ class FileTokenizer(Tokenizer):
 
 
 class RankTokenizer(Tokenizer):
-    """A tiktoken rank file (lines of base64 bytes and a rank), specials behind the last rank; splits as Llama 3 does."""
+    """A tiktoken rank file (lines of base64 bytes and a rank), specials after the last rank; splits as Llama 3 does."""
+
+    lossless = True
 
     def __init__(self, ranks: dict[bytes, int], pattern: str = RANK_PATTERN):
         self._ranks, self._pattern = ranks, pattern
@@ -281,8 +287,7 @@ def load_tokenizer(spec: str | Path) -> Tokenizer:
         return ByteTokenizer()
     if is_trained(spec):
         raise UsageError(f"tokenizer {spec}: it must be trained on a corpus first; give the tokenizer.json of prepared data")
-    path = Path(spec)
-    path = path / "tokenizer.json" if path.is_dir() else path
+    path = tokenizer_path(spec)
     if not path.is_file():
         raise UsageError(f"tokenizer {spec}: local path not found; give {KINDS}")
     content = path.read_bytes()
@@ -303,6 +308,12 @@ def load_tokenizer(spec: str | Path) -> Tokenizer:
     return ByteTokenizer() if _is_bytes(inner) else FileTokenizer(inner)
 
 
+def tokenizer_path(spec: str | Path) -> Path:
+    """File that a spec names: "~" is the home folder, and a folder stands for the tokenizer.json in it."""
+    path = Path(spec).expanduser()
+    return path / "tokenizer.json" if path.is_dir() else path
+
+
 def is_trained(spec: str | Path) -> bool:
     """Whether a spec names a tokenizer that is made from a corpus: "bpe:SIZE", "words" or "words:SIZE"."""
     return bpe_size(spec) is not None or str(spec) == WORDS or words_size(spec) is not None
@@ -310,15 +321,15 @@ def is_trained(spec: str | Path) -> bool:
 
 def bpe_size(spec: str | Path) -> int | None:
     """ "bpe:8192" -> 8192; None for any other spec."""
-    return _size_in(spec, "bpe:", 256 + len(SPECIALS), "256 bytes and 3 specials")
+    return _size_in(spec, "bpe:", 256 + len(SPECIALS), 1 << 20, "256 bytes and 3 specials")
 
 
 def words_size(spec: str | Path) -> int | None:
     """ "words:10k" -> 10000; None for any other spec, "words" (all of them) included."""
-    return _size_in(spec, f"{WORDS}:", 3 + len(SPECIALS), "<unk>, the line end, a word and 3 specials")
+    return _size_in(spec, f"{WORDS}:", 3 + len(SPECIALS), 1 << 24, "<unk>, the line end, a word and 3 specials")
 
 
-def _size_in(spec: str | Path, prefix: str, least: int, why: str) -> int | None:
+def _size_in(spec: str | Path, prefix: str, least: int, most: int, why: str) -> int | None:
     if not str(spec).startswith(prefix):
         return None
     digits = str(spec)[len(prefix) :].lower().replace("_", "")
@@ -328,6 +339,8 @@ def _size_in(spec: str | Path, prefix: str, least: int, why: str) -> int | None:
     size = int(digits.removesuffix("k")) * scale
     if size < least:
         raise UsageError(f"tokenizer {spec}: the size must be at least {least} ({why})")
+    if size > most:
+        raise UsageError(f"tokenizer {spec}: the size must be at most {most:,}")
     return size
 
 
@@ -401,6 +414,28 @@ def _byte_characters() -> tuple[str, ...]:
 def _is_bytes(inner: tokenizers.Tokenizer) -> bool:
     vocabulary = inner.get_vocab(with_added_tokens=True)
     return len(vocabulary) == 259 and all(vocabulary.get(c) == byte for byte, c in enumerate(_byte_characters()))
+
+
+def _keeps_bytes(content: dict[str, Any]) -> bool:
+    """Whether a tokenizer.json is a byte-level BPE that loses nothing: all bytes, no normalizer, no blank added."""
+    model, before, decoder = content["model"], content.get("pre_tokenizer") or {}, content.get("decoder") or {}
+    steps = before.get("pretokenizers", [before])
+    kept = all(
+        (step.get("type") == "ByteLevel" and not step["add_prefix_space"])
+        or (step.get("type") == "Split" and step["behavior"] != "Removed")
+        or step.get("type") == "Digits"
+        for step in steps
+    )
+    return (
+        kept
+        and any(step["type"] == "ByteLevel" for step in steps)
+        and decoder.get("type") == "ByteLevel"
+        and model["type"] == "BPE"
+        and content.get("normalizer") is None
+        and not (model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"))
+        and all(character in model["vocab"] for character in _byte_characters())
+        and not any(token["lstrip"] or token["rstrip"] for token in content["added_tokens"])
+    )
 
 
 def _only_alias(inner: tokenizers.Tokenizer, name: str) -> bool:

@@ -13,7 +13,8 @@ import numpy as np
 from jaxtyping import Int
 
 from calm.errors import UsageError
-from calm.text.shards import JOURNAL
+from calm.text.manifest import JOURNAL, MANIFEST, TOKENIZER
+from calm.text.shards import checksum
 
 
 def write_whole(path: Path, content: str) -> None:
@@ -36,7 +37,7 @@ def remove_prepared(folder: Path, names: Sequence[str]) -> None:
         for pattern in (f"{name}-[0-9]*.bin", f"{name}.bin.part", f"{name}.documents.*", f"{name}.prompts.*"):
             for path in folder.glob(pattern):
                 path.unlink()
-    for name in ("manifest.json", "tokenizer.json", JOURNAL):
+    for name in (MANIFEST, TOKENIZER, JOURNAL):
         (folder / name).unlink(missing_ok=True)
 
 
@@ -53,7 +54,7 @@ class SplitWriter:
     Args:
       end_id: goes behind every document.
       prompts: also writes how many tokens of each document are its prompt.
-      counts: what `flush` returned when the run that goes on here was interrupted.
+      counts: what `flush` returned before the run that is continued here was interrupted.
     """
 
     def __init__(
@@ -75,6 +76,7 @@ class SplitWriter:
         self.open = counts["open"]  # a document that has not ended yet
         self.prompts = prompts
         self.prompt, self.prompt_tokens = counts.get("prompt", 0), counts.get("prompt_tokens", 0)  # of that one, and of all
+        self.checksums: dict[str, str] = dict(counts.get("checksums", {}))  # of files that are complete
         self._starts: list[int] = []
         self._lengths: list[int] = []
         self._cut_back()
@@ -114,6 +116,7 @@ class SplitWriter:
                 file.flush()
                 os.fsync(file.fileno())
         counts = {"tokens": self.tokens, "documents": self.documents, "bytes": self.bytes, "open": self.open}
+        counts["checksums"] = dict(self.checksums)
         return counts | ({"prompt": self.prompt, "prompt_tokens": self.prompt_tokens} if self.prompts else {})
 
     def close(self) -> None:
@@ -127,7 +130,7 @@ class SplitWriter:
         self.flush()
         self.close()
         if self._part.exists():
-            os.replace(self._part, self._shard(self.tokens // self.shard_tokens))
+            self._complete(self._part, self._shard(self.tokens // self.shard_tokens))
         if not self.tokens:
             return {"documents": 0, "tokens": 0, "bytes": 0, "shards": {}}
         for path in (self._starts_path, *([self._prompts_path] if self.prompts else [])):
@@ -136,10 +139,12 @@ class SplitWriter:
                 np.save(file, np.memmap(path, "<u8", mode="r"))
                 file.flush()
                 os.fsync(file.fileno())
-            os.replace(temporary, path.with_suffix(".npy"))
+            self._complete(temporary, path.with_suffix(".npy"))
         sizes = [self.shard_tokens] * (self.tokens // self.shard_tokens)
         sizes += [self.tokens % self.shard_tokens] if self.tokens % self.shard_tokens else []
         shards = {self._shard(index).name: size for index, size in enumerate(sizes)}
+        for name in set(shards) - set(self.checksums):  # completed by a version that took none
+            self.checksums[name] = checksum(self.folder / name)
         counts = {"documents": self.documents, "tokens": self.tokens, "bytes": self.bytes, "shards": shards}
         return counts | ({"prompt_tokens": self.prompt_tokens} if self.prompts else {})
 
@@ -165,7 +170,12 @@ class SplitWriter:
                 os.fsync(self._file.fileno())
                 self._file.close()
                 self._file = None
-                os.replace(self._part, self._shard(self.tokens // self.shard_tokens - 1))
+                self._complete(self._part, self._shard(self.tokens // self.shard_tokens - 1))
+
+    def _complete(self, part: Path, path: Path) -> None:
+        """Gives a file its name."""
+        os.replace(part, path)
+        self.checksums[path.name] = checksum(path)
 
     def _cut_back(self) -> None:
         """Brings the folder back to what the counts say; a shard that was finished later will be written over."""
