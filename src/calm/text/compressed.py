@@ -72,7 +72,7 @@ class _Fed(io.RawIOBase):
         return len(block)
 
 
-def _decompressed(raw: io.BufferedIOBase, suffix: str) -> Any:
+def _decompressed(raw: Any, suffix: str) -> Any:
     if suffix == ".gz":
         return gzip.GzipFile(fileobj=raw, mode="rb")
     if suffix == ".bz2":
