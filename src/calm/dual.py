@@ -32,7 +32,7 @@ from calm.sampling.drafting import Drafting, alone, checked_models, cost, draft,
 from calm.sampling.routing import route
 from calm.sampling.softmax import SoftmaxSampler
 from calm.stages import validation_blocks
-from calm.text.writer import write_whole
+from calm.text.atomic_write import write_whole
 from calm.train.evaluate import text_protocol
 from calm.train.router import SHARES, RouterTraining, measure_routing, score_chunks, thresholds, train_router
 

@@ -21,7 +21,7 @@ from calm.rng import row_keys, stream
 from calm.sampling import BatchTemperature, PlainSampler, Sampler, generate
 from calm.starting_point import StartingPoint, open_exported, readable
 from calm.text.batches import Batches, evaluation_blocks
-from calm.text.prompted import PromptedBatches
+from calm.text.prompted_batches import PromptedBatches
 from calm.text.shards import Data, open_data
 from calm.text.tokenizer import Tokenizer, load_tokenizer, require_same_tokenizer
 from calm.train.brier import evaluate_predictor

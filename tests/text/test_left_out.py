@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 
 from calm.errors import UsageError
 from calm.text.compressed import kind_of, open_bytes
-from calm.text.corpus import open_source
 from calm.text.prepare import prepare
 from calm.text.round_trip import RoundTrip
 from calm.text.shards import open_data
+from calm.text.sources import open_source
 from calm.text.summary import show_summary, summarize
 
 OPTIONS = dict(valid=0.0, test=0.0, quiet=True)

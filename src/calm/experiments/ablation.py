@@ -21,8 +21,8 @@ from calm import bundle, examine, presets
 from calm.experiments.runner import Cell, run_cells
 from calm.report.tables import table
 from calm.stages import AutoencoderRun
+from calm.text.atomic_write import write_whole
 from calm.text.shards import open_data
-from calm.text.writer import write_whole
 
 COLUMNS = {
     "tokens right": ("tokens_right", "{:.3%}"),

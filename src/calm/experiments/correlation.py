@@ -28,9 +28,9 @@ from calm.models.token_lm import TokenLMConfig
 from calm.nn.backbone import BackboneConfig
 from calm.report.tables import table
 from calm.rng import stream
+from calm.text.atomic_write import write_whole
 from calm.text.batches import evaluation_blocks
 from calm.text.shards import Data, Split, open_data
-from calm.text.writer import write_whole
 from calm.train.brier import evaluate_predictor
 from calm.train.evaluate import text_protocol
 from calm.train.token_objective import TokenObjective

@@ -29,7 +29,7 @@ from calm.nn.hopfield import refine
 from calm.report.plots import COLOURS, _figure, _tidy
 from calm.report.tables import table
 from calm.rng import PRNGKey, stream
-from calm.text.writer import write_whole
+from calm.text.atomic_write import write_whole
 
 WIDTHS = (8, 16, 24, 32, 48, 64)
 COUNTS = tuple(2**power for power in range(2, 16))

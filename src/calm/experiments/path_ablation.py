@@ -28,7 +28,7 @@ from calm.nn.taps import Tap, mask_paths, replace_controller, shuffle_input, tap
 from calm.report.ablation import ablation_csv, draw_ablation
 from calm.report.tables import table
 from calm.stages import validation_blocks
-from calm.text.writer import write_whole
+from calm.text.atomic_write import write_whole
 from calm.train.evaluate import score_ngram
 from calm.train.token_likelihood import token_likelihood
 

@@ -31,7 +31,7 @@ from calm.experiments.study import Request
 from calm.models import TokenLM
 from calm.report.tables import table
 from calm.stages import TokenLMRun, validation_blocks
-from calm.text.writer import write_whole
+from calm.text.atomic_write import write_whole
 
 BATCH = 8
 COLUMNS = ("cell", "seed", "segment", "layer", "position", "path", "mean", "std", "entropy")

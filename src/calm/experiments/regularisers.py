@@ -40,7 +40,7 @@ from calm.models import TokenLM
 from calm.models.ngram import fit_ngrams
 from calm.report.tables import table
 from calm.stages import validation_blocks
-from calm.text.writer import write_whole
+from calm.text.atomic_write import write_whole
 from calm.train.collapse import collapse_measures
 from calm.train.evaluate import score_ngram
 from calm.train.run_folder import read_records

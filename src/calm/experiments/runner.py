@@ -27,8 +27,8 @@ from calm.stages import (
     train_autoencoder,
     train_lm,
 )
+from calm.text.atomic_write import write_whole
 from calm.text.shards import open_data
-from calm.text.writer import write_whole
 from calm.token_stage import train_token_lm
 from calm.train.objective import AutoencoderObjective, LatentObjective
 from calm.train.token_objective import TokenObjective

@@ -26,7 +26,7 @@ from calm.experiments.scoring import (
 )
 from calm.report.scores import comparison_table
 from calm.stages import AutoencoderRun, LatentLMRun
-from calm.text.writer import write_whole
+from calm.text.atomic_write import write_whole
 
 LATENT_DIMS = {1: 32, 2: 48, 4: 64, 8: 128}
 OF_LANGUAGE_MODELS = frozenset(

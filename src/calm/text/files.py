@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 
 from calm.errors import UsageError, require_extra
 from calm.text.compressed import BLOCK, COMPRESSED, Feed, kind_of, open_bytes
+from calm.text.document_pieces import Piece, cut_blocks, cut_text
 from calm.text.manifest import is_prepared, is_prepared_file
-from calm.text.pieces import Piece, cut_blocks, cut_text
 from calm.text.surrogates import replace_half_surrogates
 
 TEXT = {".txt", ".text", ".md", ".rst", ".tokens", ".raw"}
@@ -33,7 +33,7 @@ class Listing(NamedTuple):
 
 
 def list_files(path: Path, out: Path | None = None) -> Listing:
-    """The file itself, or all readable ones below a folder, without hidden files and READMEs.
+    """Lists the file itself, or all readable ones below a folder, without hidden files and READMEs.
 
     Prepared data below the folder is no part of the corpus, nor is anything below `out`: neither is listed at all.
 
@@ -70,7 +70,7 @@ def _walk(path: Path, out: Path | None) -> Iterator[Path]:
 
 
 def split_of(file: Path, root: Path) -> str | None:
-    """The split that a name says: a folder `valid/`, or a word of the file name (`train.txt`, `wiki.valid.tokens`)."""
+    """Split in the name of a file: a folder `valid/`, or a word of the file name (`train.txt`, `wiki.valid.tokens`)."""
     relative = file.relative_to(root)
     for folder in relative.parts[:-1]:
         if folder.lower() in SPLITS:
@@ -88,7 +88,7 @@ def read_pieces(
     prompt_field: str | None = None,
     found: Counter[str] | None = None,
 ) -> Iterator[Piece]:
-    """Documents of one file, in pieces.
+    """Yields the documents of one file, in pieces.
 
     In a .txt the whole file is one document unless a separator is given. Records of a .jsonl may have a prompt in a field of
     its own, whose pieces then come first. Records whose text is null or empty are left out.

@@ -1,4 +1,4 @@
-"""Data sets of the Hugging Face hub as a corpus (extra `data`): `hf:NAME` or `hf:NAME:SUBSET`, streamed.
+"""Data sets of the Hugging Face hub (extra `data`): `hf:NAME` or `hf:NAME:SUBSET`, streamed.
 
 NAME may also be a local folder that the package `datasets` can read.
 """
@@ -35,7 +35,7 @@ class HubDataset:
             raise UsageError(f"source {spec}: the data set has no split named train (it has: {', '.join(names)})")
 
     def revision(self) -> str | None:
-        """The commit that is being read; None for a local folder or when the hub does not say."""
+        """Commit that is read; None for a local folder, or when the hub does not say."""
         if Path(self._name).exists():
             return None
         try:
@@ -46,7 +46,7 @@ class HubDataset:
             return None
 
     def documents(self, split: str, skip: int = 0) -> Iterator[str]:
-        """Texts of one of our splits, from document `skip` on; null is the empty text."""
+        """Yields the texts of one of our splits, from document `skip` on; null is the empty text."""
         stream = self._ask(
             lambda: self._datasets.load_dataset(self._name, self._subset, split=self.splits[split], streaming=True)
         )

@@ -1,4 +1,4 @@
-"""A source -> a folder of token shards. Any size in bounded memory, on all cores, and it goes on after a kill or a full disk.
+"""Preparing a source as a folder of token shards: any size in bounded memory, on all cores, continued after a kill.
 
 Steps, each recorded in a journal when it is done:
   1. scan     read the source once: checksum, counts, is it text (a hub data set is streamed and not scanned)
@@ -21,12 +21,14 @@ from pathlib import Path
 from typing import Any
 
 from calm.errors import CalmError, UsageError
-from calm.text.corpus import Source, open_source
+from calm.text.atomic_write import write_whole
 from calm.text.folder_lock import FolderLock
 from calm.text.manifest import FORMAT, JOURNAL, MANIFEST, TOKENIZER, Manifest, left_out_line, read_manifest
 from calm.text.progress import Progress
 from calm.text.round_trip import RoundTrip
+from calm.text.shard_writer import SplitWriter, remove_prepared
 from calm.text.shards import checksum
+from calm.text.sources import Source, open_source
 from calm.text.splits import NAMES, Labelled, SplitPlan, check_shares, describe, make_plan
 from calm.text.tokenizer import (
     WORDS,
@@ -41,7 +43,6 @@ from calm.text.tokenizer import (
     word_tokenizer,
     words_size,
 )
-from calm.text.writer import SplitWriter, remove_prepared, write_whole
 
 AUTO = "auto"
 SAMPLE = 50_000_000  # characters a BPE is trained on
@@ -83,14 +84,14 @@ def prepare(
     overwrite: bool = False,
     quiet: bool = False,
 ) -> Manifest:
-    """Prepares `source` in the folder `out`, going on where an interrupted run stopped.
+    """Prepares `source` in the folder `out`, continuing where an interrupted run stopped.
 
     Args:
-      source: pydoc, a file, a folder, hf:NAME[:SUBSET], world:NAME[:SETTINGS] (`calm.text.corpus`).
+      source: pydoc, a file, a folder, hf:NAME[:SUBSET], world:NAME[:SETTINGS] (`calm.text.sources`).
       tokenizer: bytes, bpe:SIZE (trained on the train split), words or words:SIZE (all words of the train split, or the most
         frequent ones; of a world, its own), a tokenizer.json, a tiktoken rank file; auto is words for a world, else bpe:8192.
       field, separator, prompt_field: where records hold their text; what separates documents in a .txt; where .jsonl records
-        hold a prompt before their text (it is stored, and marked as such: `calm.text.prompted`).
+        hold a prompt before their text (it is stored, and marked as such: `calm.text.prompted_batches`).
       valid, test: shares held out when no file name says the split.
       shard_tokens: tokens in a shard file.
       license: stamped into the manifest.
@@ -99,7 +100,7 @@ def prepare(
     Raises:
       UsageError: the source is missing, empty or not text; `out` was made from something else.
       FolderInUse: another process prepares data in `out`.
-      CalmError: the disk is full (what was written stays and the same call goes on).
+      CalmError: the disk is full (what was written stays, and the same call continues).
     """
     out = Path(out).expanduser()
     try:
@@ -239,7 +240,7 @@ class _Job:
                 )
 
     def _require_given_tokenizer(self, before: str) -> None:
-        """A file of the same name may hold another tokenizer now."""
+        """Compares a given tokenizer with the one before: a file of the same name may hold another one now."""
         if not _made(self.spec) and load_tokenizer(self.spec).fingerprint != before:
             raise UsageError(
                 f"out {self.out}: was prepared with another tokenizer than {self.spec}; give --overwrite to redo it"
@@ -307,7 +308,7 @@ class _Job:
         return tokenizer
 
     def _train(self, plan: SplitPlan, characters: int | None) -> Tokenizer:
-        """A BPE from an even sample of the train split; words from the whole of it, each of which may bring a new one."""
+        """Trains a BPE on an even sample of the train split, or collects words from the whole of it."""
         merges, words = bpe_size(self.spec), words_size(self.spec)
         most = SAMPLE if merges is not None else sys.maxsize
         share = min(1.0, most / characters) if characters else 1.0
@@ -420,7 +421,7 @@ class _Job:
 
 
 def _batches(walk: Iterator[tuple[Cursor, list[Labelled]]]) -> Iterator[list[tuple[Cursor, list[Labelled]]]]:
-    """Groups of about BATCH characters."""
+    """Groups pieces into batches of about BATCH characters."""
     batch: list[tuple[Cursor, list[Labelled]]] = []
     size = 0
     for cursor, items in walk:
@@ -443,7 +444,7 @@ def _is_file(tokenizer: str | Path) -> bool:
 
 
 def _plain(value: Any) -> Any:
-    """As JSON gives it back: tuples are lists."""
+    """Value as JSON gives it back: tuples are lists."""
     return json.loads(json.dumps(value))
 
 

@@ -34,7 +34,7 @@ class Split:
 
     Attributes:
       num_tokens: how many tokens, end ids included.
-      has_prompts: whether documents have prompts (`calm.text.prompted`).
+      has_prompts: whether documents have prompts (`calm.text.prompted_batches`).
     """
 
     def __init__(self, folder: Path, name: str, entry: dict[str, Any], dtype: str, vocab_size: int):

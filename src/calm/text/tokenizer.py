@@ -2,8 +2,8 @@
 
 Three kinds, one interface: raw bytes; any Hugging Face `tokenizer.json` (our own byte-level BPE and word level among them); a
 tiktoken rank file (extra `tiktoken`). Each knows `<|begin|>` (fills the front of a prompt's first chunk), `<|end|>` (follows
-every document) and `<|mask|>` (what a masked token becomes in the autoencoder). A file that lacks them gets them appended
-behind its own ids; Llama 3's `<|begin_of_text|>` and `<|end_of_text|>` are taken for begin and end, as the published CALM
+every document) and `<|mask|>` (replaces a masked token in the autoencoder). A file that lacks them gets them appended after
+its own ids; Llama 3's `<|begin_of_text|>` and `<|end_of_text|>` are taken for begin and end, as the published CALM
 models use them.
 
 Text is never control: whatever it spells, `encode` gives no special id (begin, end, mask, and the tokens that a file marks as
@@ -37,7 +37,7 @@ REPLACEMENT = "\ufffd"
 KINDS = "bytes, bpe:SIZE, words, words:SIZE, a tokenizer.json or a tiktoken rank file"
 WORDS = "words"
 Level = Literal["byte", "subword", "word"]
-"""what a token is, which decides how a perplexity is to be read (`calm.metrics.perplexity`)"""
+"""unit of a token, on which the meaning of a perplexity depends (`calm.metrics.perplexity`)"""
 
 # The split pattern of Llama 3 and cl100k; a rank file does not say its own.
 RANK_PATTERN = (
@@ -83,7 +83,7 @@ class Tokenizer(abc.ABC):
 
     @abc.abstractmethod
     def decode(self, ids: Int[np.ndarray, "T"] | Sequence[int]) -> str:
-        """The text of `ids`; special ids are dropped, bytes that are not UTF-8 become U+FFFD."""
+        """Text of `ids`; special ids are dropped, bytes that are not UTF-8 become U+FFFD."""
 
     def num_settled(self, ids: Int[np.ndarray, "T"], text: str) -> int:
         """Number of leading characters of `text`, the decoded `ids`, that stay whatever ids follow."""
@@ -91,11 +91,11 @@ class Tokenizer(abc.ABC):
 
     @abc.abstractmethod
     def to_json(self) -> str:
-        """What `save` writes and `load_tokenizer` reads back."""
+        """Text of the file that `save` writes and `load_tokenizer` reads back."""
 
     @abc.abstractmethod
     def _identity(self) -> Any:
-        """JSON of all that decides which ids a text gets, and nothing that a new library version may spell differently."""
+        """JSON of everything that decides the ids of a text, without parts that a new library version may spell differently."""
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -104,7 +104,7 @@ class Tokenizer(abc.ABC):
         return hashlib.sha256(content.encode()).hexdigest()[:16]
 
     def save(self, path: str | Path) -> None:
-        """Writes the file whole or not at all."""
+        """Writes the tokenizer to a file, as a whole or not at all."""
         path = Path(path)
         temporary = path.with_name(path.name + ".tmp")
         temporary.write_text(self.to_json(), encoding="utf-8")
@@ -112,7 +112,7 @@ class Tokenizer(abc.ABC):
 
 
 class ByteTokenizer(Tokenizer):
-    """One id a byte of UTF-8 (0..255), then begin, end, mask (256..258)."""
+    """One id for each byte of UTF-8 (0..255), then begin, end, mask (256..258)."""
 
     level, lossless = "byte", True
     vocab_size, begin_id, end_id, mask_id = 259, 256, 257, 258
@@ -277,7 +277,7 @@ class RankTokenizer(Tokenizer):
 
 
 def load_tokenizer(spec: str | Path) -> Tokenizer:
-    """ "bytes", a tokenizer.json (or a folder that holds one) or a tiktoken rank file.
+    """Loads "bytes", a tokenizer.json (or a folder that holds one) or a tiktoken rank file.
 
     Raises:
       UsageError: no such file, neither format, or a "bpe:SIZE" or "words", trained by `calm data prepare` first.
@@ -320,12 +320,15 @@ def is_trained(spec: str | Path) -> bool:
 
 
 def bpe_size(spec: str | Path) -> int | None:
-    """ "bpe:8192" -> 8192; None for any other spec."""
+    """Size in a spec: "bpe:8192" -> 8192; None for any other spec. Raises UsageError: a size out of range."""
     return _size_in(spec, "bpe:", 256 + len(SPECIALS), 1 << 20, "256 bytes and 3 specials")
 
 
 def words_size(spec: str | Path) -> int | None:
-    """ "words:10k" -> 10000; None for any other spec, "words" (all of them) included."""
+    """Size in a spec: "words:10k" -> 10000; None for any other spec, "words" (all of them) included.
+
+    Raises UsageError: a size out of range.
+    """
     return _size_in(spec, f"{WORDS}:", 3 + len(SPECIALS), 1 << 24, "<unk>, the line end, a word and 3 specials")
 
 
@@ -345,7 +348,7 @@ def _size_in(spec: str | Path, prefix: str, least: int, most: int, why: str) -> 
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Byte-level BPE with GPT-2's splitting: at most `vocab_size` ids, the three specials last.
+    """Trains a byte-level BPE with GPT-2's splitting: at most `vocab_size` ids, the three specials last.
 
     Fewer ids if the texts hold fewer merges. Deterministic in the texts. Every text has an exact round trip.
     """
@@ -362,7 +365,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 
 def train_words(texts: Iterable[str], vocab_size: int | None = None) -> Tokenizer:
-    """Word level by the rule of WikiText (`calm.text.words`): all words of the texts, or the most frequent ones.
+    """Makes a word-level tokenizer by the rule of WikiText (`calm.text.words`): all words, or the most frequent ones.
 
     `vocab_size` counts every id, `<unk>`, the line end and the three specials among them. Deterministic in the texts.
     """
@@ -374,9 +377,9 @@ def train_words(texts: Iterable[str], vocab_size: int | None = None) -> Tokenize
 
 
 def word_tokenizer(words: Sequence[str]) -> Tokenizer:
-    """One id a word, in the order given, the three specials last; text is words with white space between them.
+    """Makes a tokenizer with one id for each word, in the order given, the three specials last.
 
-    For text whose words are known beforehand: there is no id for others, and white space is not kept.
+    For text whose words are known beforehand, with white space between them: other words have no id, blanks are not kept.
     """
     made = tokenizers.Tokenizer(models.WordLevel(vocab={word: number for number, word in enumerate(words)}))
     made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -384,7 +387,7 @@ def word_tokenizer(words: Sequence[str]) -> Tokenizer:
 
 
 def require_same_tokenizer(found: str, expected: str, where: str) -> None:
-    """Refuses two fingerprints that differ: ids of one vocabulary mean nothing in another."""
+    """Compares two fingerprints. Raises UsageError: they differ, and ids of one vocabulary mean nothing in another."""
     if found != expected:
         raise UsageError(
             f"{where}: made with another tokenizer (fingerprint {found}, expected {expected}); "

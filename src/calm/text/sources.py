@@ -1,9 +1,9 @@
-"""What the user calls a source, as a stream of documents in pieces.
+"""Sources of text, as the user names them, read as streams of documents in pieces.
 
     pydoc                      the documentation inside this Python (python_docs)
     a file or a folder         .txt, .jsonl, .parquet (files)
     hf:NAME or hf:NAME:SUBSET  a data set of the Hugging Face hub (hub)
-    world:NAME                 a small language whose law is known exactly (calm.worlds)
+    world:NAME                 a small language of known distribution (calm.worlds)
 
 A source has parts (files, hub splits), each of which belongs to a split. A part can be read again from the start, always with
 the same pieces, or from a document on.
@@ -22,13 +22,13 @@ from calm.config import parse_human_int
 from calm.errors import UsageError
 from calm.text import files, python_docs
 from calm.text.compressed import Feed
+from calm.text.document_pieces import Piece, cut_text
 from calm.text.hub import HubDataset
-from calm.text.pieces import Piece, cut_text
 from calm.worlds.registry import split_spec, world_of
 
 
 class Part(NamedTuple):
-    """A file or a hub split. `split`: where its documents go before any are held out."""
+    """A file or a hub split, with the split of its documents before any are held out, and its size."""
 
     name: str
     split: str
@@ -38,9 +38,16 @@ class Part(NamedTuple):
 class Source(abc.ABC):
     """Documents in a fixed order.
 
-    `name` is stamped on results and holds no local folder; `named` says that the parts' names gave the splits; `scannable` that
-    reading it twice is cheap; `license` is what we know about it; `tokenizer` is what suits it where the user names none, and
-    `words` what its text consists of, where that is known.
+    Attributes:
+      name: stamped on results; holds no local folder.
+      kind: pydoc, files, hub or world.
+      parts: files or hub splits, in order.
+      named: whether the names of the parts gave the splits.
+      scannable: whether reading it twice is cheap.
+      license: of the text, where it is known.
+      tokenizer: spec that suits it where the user names none.
+      words: all words of its text, where they are known.
+      left_out: names of files beside those that are read.
     """
 
     name: str
@@ -55,13 +62,13 @@ class Source(abc.ABC):
 
     @abc.abstractmethod
     def pieces(self, part: int, feed: Feed | None = None, found: Counter[str] | None = None) -> Iterator[Piece]:
-        """The documents of a part from its start.
+        """Yields the documents of a part from its start.
 
         `feed` gets the bytes that the checksum is about; `found` counts "records without text" and "separators".
         """
 
     def pieces_from(self, part: int, document: int) -> Iterator[Piece]:
-        """The documents of a part from number `document` on (an empty document counts)."""
+        """Yields the documents of a part from number `document` on (an empty document counts)."""
         pieces = self.pieces(part)
         for _ in range(document):
             while not next(pieces).last:
@@ -69,11 +76,11 @@ class Source(abc.ABC):
         return pieces
 
     def stamp(self) -> dict[str, Any]:
-        """What the manifest says beyond name, kind and checksum."""
+        """Entries of the manifest beyond name, kind and checksum."""
         return {}
 
     def state(self) -> Any:
-        """JSON that changes when the source does; compared before an interrupted run goes on."""
+        """JSON that changes when the source does; compared before an interrupted run continues."""
         return [[part.name, part.bytes] for part in self.parts]
 
 
@@ -85,13 +92,15 @@ def open_source(
     prompt_field: str | None = None,
     out: str | Path | None = None,
 ) -> Source:
-    """The source that the user named.
+    """Opens the source that the user named.
 
     Args:
       field: where .jsonl, .parquet and hub records hold their text.
       separator: what stands between the documents of a .txt, such as "<|endoftext|>"; None: the file is one document.
       prompt_field: where records of .jsonl files hold a prompt, which comes before their text and is only read.
       out: the folder that is prepared; what lies in it is no part of the source.
+
+    Raises UsageError: there is no such source, or it holds no text for training.
     """
     if prompt_field is not None and (str(spec) == "pydoc" or str(spec).startswith(("hf:", "world:"))):
         raise UsageError(f"source {spec}: prompts (--prompt-field {prompt_field}) are read from .jsonl files only")
@@ -105,6 +114,8 @@ def open_source(
 
 
 class PythonDocs(Source):
+    """The documentation inside this Python."""
+
     kind = name = "pydoc"
     license = python_docs.LICENSE
 
@@ -128,7 +139,10 @@ class PythonDocs(Source):
 
 
 class Files(Source):
-    """A file, or a folder whose file names may say the split. With train files present, files of no split are left out."""
+    """A file, or a folder in which names of files may give the splits.
+
+    With train files present, files of no split are left out.
+    """
 
     kind = "files"
 
@@ -165,6 +179,8 @@ class Files(Source):
 
 
 class Hub(Source):
+    """A data set of the Hugging Face hub."""
+
     kind = "hub"
     scannable = False
 
@@ -195,10 +211,10 @@ class Hub(Source):
 
 
 class WorldText(Source):
-    """Text that a world writes: `world:markov`, or with settings, `world:markov:words=128,tokens=5M`.
+    """Text drawn from a world: `world:markov`, or with settings, `world:markov:words=128,tokens=5M`.
 
-    Besides the settings of the world: `tokens`, how many to train on (2M; the other splits get a twentieth each, at least 16k),
-    and `draw`, the seed of the text. A world's own `seed` is the language.
+    Settings besides those of the world: `tokens`, the number to train on (2M, at most 1G; the other splits get a twentieth
+    each, at least 16k), and `draw`, the seed of the text. A world's own `seed` decides the language.
     """
 
     kind = "world"
@@ -208,8 +224,10 @@ class WorldText(Source):
     def __init__(self, spec: str):
         settings = split_spec(spec)[1]
         tokens, self._draw = (parse_human_int(settings.get(key, default)) for key, default in (("tokens", "2M"), ("draw", "0")))
-        if tokens < 1 or self._draw < 0:
-            raise UsageError(f"source world:{spec}: need tokens >= 1 and draw >= 0, got tokens={tokens}, draw={self._draw}")
+        if not 1 <= tokens <= 10**9 or self._draw < 0:
+            raise UsageError(
+                f"source world:{spec}: need tokens >= 1, at most 1G, and draw >= 0, got tokens={tokens}, draw={self._draw}"
+            )
         self.name = f"world:{spec}"
         world = world_of(self.name)
         assert world is not None

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from calm.errors import UsageError
 from calm.text import python_docs
-from calm.text.corpus import open_source
+from calm.text.sources import open_source
 from calm.text.splits import FEW, SplitPlan, _uniform, make_plan
 
 

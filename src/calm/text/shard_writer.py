@@ -1,7 +1,7 @@
-"""Token shards while they are being written: whatever happens, what the journal counts is on the disk.
+"""Token shards while they are being written: whatever happens, everything that the journal counts is on the disk.
 
 A shard grows as `NAME.bin.part` and gets its name when it is full. `flush` puts everything on the disk and returns counts; a
-writer made from those counts cuts off whatever a killed run wrote behind them, so the bytes do not depend on interruptions.
+writer made from those counts cuts off whatever a killed run wrote after them, so the bytes do not depend on interruptions.
 """
 
 import os
@@ -17,22 +17,8 @@ from calm.text.manifest import JOURNAL, MANIFEST, TOKENIZER
 from calm.text.shards import checksum
 
 
-def write_whole(path: Path, content: str) -> None:
-    """A small file, whole or not at all, and on the disk when this returns."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with temporary.open("w", encoding="utf-8", newline="\n") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
 def remove_prepared(folder: Path, names: Sequence[str]) -> None:
-    """What preparing writes, of splits of these names, and nothing else."""
+    """Removes all that preparing writes for splits of these names, and nothing else."""
     for name in names:
         for pattern in (f"{name}-[0-9]*.bin", f"{name}.bin.part", f"{name}.documents.*", f"{name}.prompts.*"):
             for path in folder.glob(pattern):
@@ -52,7 +38,7 @@ class SplitWriter:
     """Appends the documents of one split.
 
     Args:
-      end_id: goes behind every document.
+      end_id: written after every document.
       prompts: also writes how many tokens of each document are its prompt.
       counts: what `flush` returned before the run that is continued here was interrupted.
     """
@@ -85,7 +71,7 @@ class SplitWriter:
         self._prompts_file = self._prompts_path.open("ab") if prompts else None
 
     def append(self, ids: Int[np.ndarray, "T"], num_bytes: int, last: bool, prompt: bool = False) -> None:
-        """The next piece of the present document, or the first of a new one; pieces of its prompt come first."""
+        """Appends the next piece of the present document, or the first of a new one; pieces of its prompt come first."""
         if not self.open:
             if not len(ids):
                 return
@@ -99,6 +85,7 @@ class SplitWriter:
             self.end_document()
 
     def end_document(self) -> None:
+        """Ends the present document, if there is one."""
         if self.open:
             self._put(self._end)
             self._lengths.append(self.prompt)
@@ -106,7 +93,7 @@ class SplitWriter:
             self.open, self.prompt = False, 0
 
     def flush(self) -> dict[str, Any]:
-        """Everything on the disk; what it amounts to."""
+        """Brings everything onto the disk and returns the counts from which another writer can continue."""
         self._starts_file.write(np.array(self._starts, "<u8").tobytes())
         if self._prompts_file is not None:
             self._prompts_file.write(np.array(self._lengths, "<u8").tobytes())
@@ -120,12 +107,13 @@ class SplitWriter:
         return counts | ({"prompt": self.prompt, "prompt_tokens": self.prompt_tokens} if self.prompts else {})
 
     def close(self) -> None:
+        """Closes the files as they are."""
         for file in (self._starts_file, self._prompts_file, self._file):
             if file is not None:
                 file.close()
 
     def finish(self) -> dict[str, Any]:
-        """Gives the last shard its name, writes the documents' starts; returns the manifest's entry."""
+        """Names the last shard, writes the documents' starts, and returns the manifest's entry."""
         self.end_document()
         self.flush()
         self.close()
@@ -148,11 +136,6 @@ class SplitWriter:
         counts = {"documents": self.documents, "tokens": self.tokens, "bytes": self.bytes, "shards": shards}
         return counts | ({"prompt_tokens": self.prompt_tokens} if self.prompts else {})
 
-    def clean_up(self) -> None:
-        """Removes what only a run that goes on would need; called when the manifest stands."""
-        self._starts_path.unlink(missing_ok=True)
-        self._prompts_path.unlink(missing_ok=True)
-
     # -- files --------------------------------------------------------------------------------------------------------
 
     def _put(self, ids: Int[np.ndarray, "T"]) -> None:
@@ -173,12 +156,12 @@ class SplitWriter:
                 self._complete(self._part, self._shard(self.tokens // self.shard_tokens - 1))
 
     def _complete(self, part: Path, path: Path) -> None:
-        """Gives a file its name."""
+        """Gives a complete file its name and takes its checksum."""
         os.replace(part, path)
         self.checksums[path.name] = checksum(path)
 
     def _cut_back(self) -> None:
-        """Brings the folder back to what the counts say; a shard that was finished later will be written over."""
+        """Cuts the files back to the counts; a shard that was completed after them will be written over."""
         full, rest = divmod(self.tokens, self.shard_tokens)
         present = self._shard(full)
         if present.exists():  # it was completed after the counts were taken
