@@ -11,7 +11,7 @@ from calm.text.tokenizer import Tokenizer
 _READ = 1 << 22
 
 
-def summarize(folder: str | Path, *, examples: int = 2, length: int = 200) -> dict[str, Any]:
+def summarize(folder: str | Path, *, examples: int = 2, length: int = 200, verify: bool | None = None) -> dict[str, Any]:
     """Summarizes prepared data: counts for each split, remarks, and the decoded starts of a few documents spread over it.
 
     Bytes per token counts text bytes over the tokens that are text (without the end ids). Of a tokenizer with an id for unknown
@@ -20,10 +20,11 @@ def summarize(folder: str | Path, *, examples: int = 2, length: int = 200) -> di
     Args:
       examples: documents shown for each split.
       length: tokens shown of each.
+      verify: as in `open_data`.
 
     Raises UsageError: the folder is no prepared data, or is damaged.
     """
-    data = open_data(folder)
+    data = open_data(folder, verify)
     splits: dict[str, dict[str, Any]] = {}
     for name, entry in data.manifest.splits.items():
         split = data.split(name)
