@@ -49,9 +49,9 @@ def test_null_and_empty_texts_are_left_out_and_counted(tmp_path, monkeypatch):
             return self[count:]
 
     rows = Stream({"text": text} for text in ["one", None, "", "two", None])
-    package = types.SimpleNamespace(
-        get_dataset_split_names=lambda name, subset: ["train"], load_dataset=lambda *args, **options: rows
-    )
+    package = types.ModuleType("datasets")
+    monkeypatch.setattr(package, "get_dataset_split_names", lambda name, subset: ["train"], raising=False)
+    monkeypatch.setattr(package, "load_dataset", lambda *arguments, **options: rows, raising=False)
     monkeypatch.setitem(sys.modules, "datasets", package)
     (tmp_path / "set").mkdir()
     manifest = prepare(f"hf:{tmp_path / 'set'}", tmp_path / "data", "bytes", valid=0.0, test=0.0, **OPTIONS)
