@@ -35,7 +35,8 @@ from calm.sampling.softmax import softmax_sampler
 from calm.stages import LatentLMRun, TokenLMRun, load_autoencoder, load_lm, load_run_config, validation_blocks
 from calm.text.chunking import chunk_prompt
 from calm.text.shards import Data, open_data
-from calm.text.tokenizer import WORDS, Tokenizer, load_tokenizer, require_same_tokenizer
+from calm.text.tokenizer import Tokenizer, load_tokenizer, require_same_tokenizer
+from calm.text.tokenizer_spec import WORDS
 from calm.token_stage import load_token_lm
 from calm.train.brier import evaluate_predictor
 from calm.train.evaluate import evaluate_autoencoder, evaluate_ngrams, evaluate_world, text_protocol

@@ -10,7 +10,8 @@ from calm.metrics.accumulate import BlockSums
 from calm.metrics.bits_per_byte import bits_per_byte
 from calm.metrics.perplexity import ScoredText, word_perplexity
 from calm.report.perplexity import PerplexityReport
-from calm.text.tokenizer import ByteTokenizer, train_bpe, train_words
+from calm.text.tokenizer import ByteTokenizer
+from calm.text.tokenizer_training import train_bpe, train_words
 from calm.text.words import count_words
 from calm.train.evaluate import checked
 from calm.train.token_likelihood import windows

@@ -10,7 +10,8 @@ from tokenizers import Regex, decoders
 
 from calm.text import continuation
 from calm.text.continuation import ContinuationText, continuation_text
-from calm.text.tokenizer import FileTokenizer, train_words
+from calm.text.tokenizer import FileTokenizer
+from calm.text.tokenizer_training import train_words
 
 
 def decoding(decoder):

@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 from calm.errors import UsageError
 from calm.text.prepare import prepare
 from calm.text.shards import open_data
-from calm.text.tokenizer import SPECIALS, FileTokenizer, load_tokenizer, train_words, word_tokenizer
+from calm.text.tokenizer import FileTokenizer, load_tokenizer
+from calm.text.tokenizer_spec import SPECIALS
+from calm.text.tokenizer_training import train_words, word_tokenizer
 
 EVERY = kinds.every_kind()
 SPELT = [*SPECIALS, "</s>", "<s>", "[SEP]", "<unk>", "[UNK]", "<|user|>", "<|", "|>", "the", " ", "\n", "e", "\ud83d", "é"]

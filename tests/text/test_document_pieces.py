@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from calm.text import document_pieces
 from calm.text.document_pieces import cut_blocks, cut_text
-from calm.text.tokenizer import train_bpe
+from calm.text.tokenizer_training import train_bpe
 
 LETTERS = st.text(alphabet="ab \n.", max_size=300)
 LINES = st.lists(st.sampled_from(["the cat,", "sat  naïve", "", "the cat sat naïve the"]), max_size=40)

@@ -10,15 +10,9 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from calm.errors import MissingExtraError, UsageError
-from calm.text.tokenizer import (
-    ByteTokenizer,
-    FileTokenizer,
-    _byte_characters,
-    bpe_size,
-    load_tokenizer,
-    require_same_tokenizer,
-    train_bpe,
-)
+from calm.text.tokenizer import ByteTokenizer, FileTokenizer, byte_characters, load_tokenizer, require_same_tokenizer
+from calm.text.tokenizer_spec import bpe_size
+from calm.text.tokenizer_training import train_bpe
 
 SAMPLE = ["the cat sat on the mat, the cat ate\n\nthe rat  and 1234 naïve cafés beside another longest sentence. " * 20]
 BPE = train_bpe(SAMPLE, 310)
@@ -26,7 +20,7 @@ BPE = train_bpe(SAMPLE, 310)
 
 def rank_file(path):
     """A tiktoken rank file of the merges of BPE: what both formats can say."""
-    characters = {character: byte for byte, character in enumerate(_byte_characters())}
+    characters = {character: byte for byte, character in enumerate(byte_characters())}
     vocabulary = json.loads(BPE.to_json())["model"]["vocab"]
     lines = [
         base64.b64encode(bytes(characters[c] for c in token)) + b" %d" % rank

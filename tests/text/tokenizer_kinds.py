@@ -6,7 +6,9 @@ from pathlib import Path
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 
-from calm.text.tokenizer import SPECIALS, ByteTokenizer, FileTokenizer, RankTokenizer, Tokenizer, train_bpe, train_words
+from calm.text.tokenizer import ByteTokenizer, FileTokenizer, RankTokenizer, Tokenizer
+from calm.text.tokenizer_spec import SPECIALS
+from calm.text.tokenizer_training import train_bpe, train_words
 
 TEXT = [
     "the cat sat on the mat, the cat ate\n\nthe rat  and 1234 naïve cafés beside it's <|end|> words . </s> [SEP] <s>\n" * 20

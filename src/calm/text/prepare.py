@@ -12,7 +12,6 @@ import contextlib
 import dataclasses
 import errno
 import hashlib
-import itertools
 import json
 import sys
 from collections import Counter
@@ -28,45 +27,18 @@ from calm.text.progress import Progress
 from calm.text.round_trip import RoundTrip
 from calm.text.shard_writer import SplitWriter, remove_prepared
 from calm.text.shards import checksum
+from calm.text.source_walk import Cursor, batches, num_bytes, walk
 from calm.text.sources import Source, open_source
 from calm.text.splits import NAMES, Labelled, SplitPlan, check_shares, describe, make_plan
-from calm.text.tokenizer import (
-    WORDS,
-    Tokenizer,
-    bpe_size,
-    is_trained,
-    load_tokenizer,
-    require_same_tokenizer,
-    tokenizer_path,
-    train_bpe,
-    train_words,
-    word_tokenizer,
-    words_size,
-)
+from calm.text.tokenizer import Tokenizer, load_tokenizer, require_same_tokenizer
+from calm.text.tokenizer_spec import WORDS, bpe_size, is_trained, tokenizer_path, words_size
+from calm.text.tokenizer_training import train_bpe, train_words, word_tokenizer
 
 AUTO = "auto"
 SAMPLE = 50_000_000  # characters a BPE is trained on
 BATCH = 1 << 21  # characters encoded at once: enough for every core, little enough for memory
 CHECKPOINT = 4  # batches between two entries of the journal
 MOST_LOST, MEASURED = 0.2, 100_000  # share of characters a given tokenizer may lose; characters by which that is known
-
-
-@dataclasses.dataclass(kw_only=True)
-class Cursor:
-    """How far the source has been read.
-
-    part, document, piece: place of the next piece; train_documents, train_characters: counts of what was read of the train
-    parts; without_text: documents without a character; checksum: chained over the texts, for sources that are read only once.
-    """
-
-    part: int = 0
-    document: int = 0
-    piece: int = 0
-    train_documents: int = 0
-    train_characters: int = 0
-    bytes: int = 0
-    checksum: str = ""
-    without_text: int = 0
 
 
 def prepare(
@@ -282,7 +254,7 @@ class _Job:
 
             for index, part in enumerate(self.source.parts):
                 for piece in self.source.pieces(index, feed, found):
-                    counts["text_bytes"] += _size(piece.text)
+                    counts["text_bytes"] += num_bytes(piece.text)
                     if part.split == "train":
                         counts["documents"] += piece.last
                         counts["characters"] += len(piece.text)
@@ -317,7 +289,7 @@ class _Job:
             def texts() -> Iterator[str]:
                 taken = 0
                 for index, item in enumerate(
-                    item for _, items in self._walk(plan, Cursor()) for item in items if item.split == "train"
+                    item for _, items in walk(self.source, plan, Cursor()) for item in items if item.split == "train"
                 ):
                     if int((index + 1) * share) > int(index * share):
                         taken += len(item.text)
@@ -357,7 +329,7 @@ class _Job:
             for writer in writers.values():
                 stack.callback(writer.close)
             progress.skip(cursor.bytes)
-            for number, batch in enumerate(_batches(self._walk(plan, cursor)), 1):
+            for number, batch in enumerate(batches(walk(self.source, plan, cursor), BATCH), 1):
                 before = cursor.bytes
                 cursor = self._write(batch, tokenizer, writers, round_trip)
                 if round_trip.measured >= MEASURED:
@@ -392,46 +364,12 @@ class _Job:
             for name, writer in writers.items():
                 if name != item.split:
                     writer.end_document()  # a document that was cut by the edge between two splits
-            writers[item.split].append(row, _size(item.text), item.last, item.prompt)
+            writers[item.split].append(row, num_bytes(item.text), item.last, item.prompt)
             round_trip.add(tokenizer, item.text, row)
         return batch[-1][0]
 
-    def _walk(self, plan: SplitPlan, start: Cursor) -> Iterator[tuple[Cursor, list[Labelled]]]:
-        """Each piece with its split, and the cursor after it. Never changes `start`."""
-        cursor = dataclasses.replace(start)
-        for part in range(start.part, len(self.source.parts)):
-            split = self.source.parts[part].split
-            for text, last, prompt in itertools.islice(self.source.pieces_from(part, cursor.document), cursor.piece, None):
-                items: list[Labelled] = []
-                if text or cursor.piece:  # else an empty document, which is counted and left out
-                    items = list(plan.label(text, last, split, cursor.train_documents, cursor.train_characters, prompt))
-                cursor.without_text += last and not text and not cursor.piece
-                if split == "train":
-                    cursor.train_characters += len(text)
-                    cursor.train_documents += last
-                cursor.document, cursor.piece = (cursor.document + 1, 0) if last else (cursor.document, cursor.piece + 1)
-                cursor.bytes += _size(text)
-                if not self.source.scannable:
-                    cursor.checksum = hashlib.sha256(cursor.checksum.encode() + text.encode()).hexdigest()
-                yield dataclasses.replace(cursor), items
-            cursor.part, cursor.document, cursor.piece = part + 1, 0, 0
-
 
 # -- parts ------------------------------------------------------------------------------------------------------------
-
-
-def _batches(walk: Iterator[tuple[Cursor, list[Labelled]]]) -> Iterator[list[tuple[Cursor, list[Labelled]]]]:
-    """Groups pieces into batches of about BATCH characters."""
-    batch: list[tuple[Cursor, list[Labelled]]] = []
-    size = 0
-    for cursor, items in walk:
-        batch.append((cursor, items))
-        size += sum(len(item.text) for item in items) + 1
-        if size >= BATCH:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
 
 
 def _made(tokenizer: str | Path) -> bool:
@@ -446,10 +384,6 @@ def _is_file(tokenizer: str | Path) -> bool:
 def _plain(value: Any) -> Any:
     """Value as JSON gives it back: tuples are lists."""
     return json.loads(json.dumps(value))
-
-
-def _size(text: str) -> int:
-    return len(text) if text.isascii() else len(text.encode())
 
 
 def _dtype(tokenizer: Tokenizer) -> str:

@@ -12,30 +12,28 @@ special, but for its unknown token). See `FileTokenizer`.
 
 import abc
 import base64
-import binascii
 import functools
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import tokenizers
 from jaxtyping import Int
-from tokenizers import decoders, models, pre_tokenizers, trainers
+from tokenizers import decoders, models, pre_tokenizers
 
 from calm.errors import UsageError, require_extra
 from calm.text.decoded_tail import decoded_tail, is_byte_token, num_common
 from calm.text.surrogates import replace_half_surrogates
-from calm.text.words import vocabulary, word_level
+from calm.text.tokenizer_spec import KINDS, SPECIALS, is_trained, tokenizer_path
 
-BEGIN, END, MASK = SPECIALS = ("<|begin|>", "<|end|>", "<|mask|>")
-_ALSO = {BEGIN: "<|begin_of_text|>", END: "<|end_of_text|>"}
+BEGIN, END, MASK = SPECIALS
+ALIASES = {BEGIN: "<|begin_of_text|>", END: "<|end_of_text|>"}
+"""names in other files that are taken for ours"""
 REPLACEMENT = "\ufffd"
-KINDS = "bytes, bpe:SIZE, words, words:SIZE, a tokenizer.json or a tiktoken rank file"
-WORDS = "words"
 Level = Literal["byte", "subword", "word"]
 """unit of a token, on which the meaning of a perplexity depends (`calm.metrics.perplexity`)"""
 
@@ -126,8 +124,8 @@ class ByteTokenizer(Tokenizer):
 
     def to_json(self) -> str:
         """A tokenizer.json that every Hugging Face reader understands: byte-level BPE without a merge."""
-        characters = _byte_characters()
-        blank = _byte_level(models.BPE(vocab={character: byte for byte, character in enumerate(characters)}, merges=[]))
+        characters = byte_characters()
+        blank = byte_level(models.BPE(vocab={character: byte for byte, character in enumerate(characters)}, merges=[]))
         blank.add_special_tokens(list(SPECIALS))
         return blank.to_str(pretty=True)
 
@@ -145,7 +143,7 @@ class FileTokenizer(Tokenizer):
     """
 
     def __init__(self, inner: tokenizers.Tokenizer):
-        names = {name: _ALSO[name] if _only_alias(inner, name) else name for name in SPECIALS}
+        names = {name: ALIASES[name] if _only_alias(inner, name) else name for name in SPECIALS}
         added = {token.content for token in inner.get_added_tokens_decoder().values()}
         # Not a token of the model's vocabulary alone: adding it would change the fingerprint of data that exists.
         inner.add_special_tokens([name for name in names.values() if inner.token_to_id(name) is None or name in added])
@@ -308,84 +306,6 @@ def load_tokenizer(spec: str | Path) -> Tokenizer:
     return ByteTokenizer() if _is_bytes(inner) else FileTokenizer(inner)
 
 
-def tokenizer_path(spec: str | Path) -> Path:
-    """File that a spec names: "~" is the home folder, and a folder stands for the tokenizer.json in it."""
-    path = Path(spec).expanduser()
-    return path / "tokenizer.json" if path.is_dir() else path
-
-
-def is_trained(spec: str | Path) -> bool:
-    """Whether a spec names a tokenizer that is made from a corpus: "bpe:SIZE", "words" or "words:SIZE"."""
-    return bpe_size(spec) is not None or str(spec) == WORDS or words_size(spec) is not None
-
-
-def bpe_size(spec: str | Path) -> int | None:
-    """Size in a spec: "bpe:8192" -> 8192; None for any other spec. Raises UsageError: a size out of range."""
-    return _size_in(spec, "bpe:", 256 + len(SPECIALS), 1 << 20, "256 bytes and 3 specials")
-
-
-def words_size(spec: str | Path) -> int | None:
-    """Size in a spec: "words:10k" -> 10000; None for any other spec, "words" (all of them) included.
-
-    Raises UsageError: a size out of range.
-    """
-    return _size_in(spec, f"{WORDS}:", 3 + len(SPECIALS), 1 << 24, "<unk>, the line end, a word and 3 specials")
-
-
-def _size_in(spec: str | Path, prefix: str, least: int, most: int, why: str) -> int | None:
-    if not str(spec).startswith(prefix):
-        return None
-    digits = str(spec)[len(prefix) :].lower().replace("_", "")
-    scale = 1000 if digits.endswith("k") else 1
-    if not digits.removesuffix("k").isdigit():
-        raise UsageError(f"tokenizer {spec}: the size must be a whole number, as in {prefix}8192")
-    size = int(digits.removesuffix("k")) * scale
-    if size < least:
-        raise UsageError(f"tokenizer {spec}: the size must be at least {least} ({why})")
-    if size > most:
-        raise UsageError(f"tokenizer {spec}: the size must be at most {most:,}")
-    return size
-
-
-def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Trains a byte-level BPE with GPT-2's splitting: at most `vocab_size` ids, the three specials last.
-
-    Fewer ids if the texts hold fewer merges. Deterministic in the texts. Every text has an exact round trip.
-    """
-    bpe_size(f"bpe:{vocab_size}")
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size - len(SPECIALS),
-        initial_alphabet=sorted(_byte_characters()),
-        special_tokens=[],
-        show_progress=False,
-    )
-    blank = _byte_level(models.BPE())
-    blank.train_from_iterator(texts, trainer)
-    return FileTokenizer(blank)
-
-
-def train_words(texts: Iterable[str], vocab_size: int | None = None) -> Tokenizer:
-    """Makes a word-level tokenizer by the rule of WikiText (`calm.text.words`): all words, or the most frequent ones.
-
-    `vocab_size` counts every id, `<unk>`, the line end and the three specials among them. Deterministic in the texts.
-    """
-    if vocab_size is not None:
-        words_size(f"{WORDS}:{vocab_size}")
-    most = None if vocab_size is None else vocab_size - len(SPECIALS)
-    # A word that reads as a special token would be one for every reader of the file: it is unknown, like a rare word.
-    return FileTokenizer(word_level(vocabulary(texts, most, without={*SPECIALS, *_ALSO.values()})))
-
-
-def word_tokenizer(words: Sequence[str]) -> Tokenizer:
-    """Makes a tokenizer with one id for each word, in the order given, the three specials last.
-
-    For text whose words are known beforehand, with white space between them: other words have no id, blanks are not kept.
-    """
-    made = tokenizers.Tokenizer(models.WordLevel(vocab={word: number for number, word in enumerate(words)}))
-    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return FileTokenizer(made)
-
-
 def require_same_tokenizer(found: str, expected: str, where: str) -> None:
     """Compares two fingerprints. Raises UsageError: they differ, and ids of one vocabulary mean nothing in another."""
     if found != expected:
@@ -398,7 +318,8 @@ def require_same_tokenizer(found: str, expected: str, where: str) -> None:
 # -- parts ------------------------------------------------------------------------------------------------------------
 
 
-def _byte_level(model: models.BPE) -> tokenizers.Tokenizer:
+def byte_level(model: models.BPE) -> tokenizers.Tokenizer:
+    """Tokenizer that splits as GPT-2 does and spells bytes as characters."""
     made = tokenizers.Tokenizer(model)
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     made.decoder = decoders.ByteLevel()
@@ -406,7 +327,7 @@ def _byte_level(model: models.BPE) -> tokenizers.Tokenizer:
 
 
 @functools.cache
-def _byte_characters() -> tuple[str, ...]:
+def byte_characters() -> tuple[str, ...]:
     """The printable character that stands for each byte in byte-level vocabularies (GPT-2's table)."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
@@ -416,7 +337,7 @@ def _byte_characters() -> tuple[str, ...]:
 
 def _is_bytes(inner: tokenizers.Tokenizer) -> bool:
     vocabulary = inner.get_vocab(with_added_tokens=True)
-    return len(vocabulary) == 259 and all(vocabulary.get(c) == byte for byte, c in enumerate(_byte_characters()))
+    return len(vocabulary) == 259 and all(vocabulary.get(c) == byte for byte, c in enumerate(byte_characters()))
 
 
 def _keeps_bytes(content: dict[str, Any]) -> bool:
@@ -436,20 +357,20 @@ def _keeps_bytes(content: dict[str, Any]) -> bool:
         and model["type"] == "BPE"
         and content.get("normalizer") is None
         and not (model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"))
-        and all(character in model["vocab"] for character in _byte_characters())
+        and all(character in model["vocab"] for character in byte_characters())
         and not any(token["lstrip"] or token["rstrip"] for token in content["added_tokens"])
     )
 
 
 def _only_alias(inner: tokenizers.Tokenizer, name: str) -> bool:
-    return inner.token_to_id(name) is None and name in _ALSO and inner.token_to_id(_ALSO[name]) is not None
+    return inner.token_to_id(name) is None and name in ALIASES and inner.token_to_id(ALIASES[name]) is not None
 
 
 def _read_ranks(content: bytes, path: Path) -> dict[bytes, int]:
     try:
         lines = [line.split() for line in content.splitlines() if line.strip()]
         ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in lines}
-    except (ValueError, binascii.Error) as error:
+    except ValueError as error:
         raise UsageError(f"tokenizer {path}: neither a tokenizer.json nor a tiktoken rank file") from error
     missing = sum(bytes([byte]) not in ranks for byte in range(256))
     if missing:
