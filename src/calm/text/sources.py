@@ -154,7 +154,7 @@ class Files(Source):
         self.named = any(splits.values())
         unnamed = "left out" if "train" in splits.values() else "train"
         self._paths = [file for file in found if (splits[file] or unnamed) != "left out"]
-        others += [file for file in found if file not in set(self._paths)]
+        others += [file for file in found if (splits[file] or unnamed) == "left out"]
         self.left_out = tuple(file.relative_to(path).as_posix() for file in sorted(others))
         self.parts = tuple(
             Part(
