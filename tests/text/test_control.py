@@ -93,3 +93,39 @@ def test_half_a_surrogate_pair_is_read_as_a_replacement_character():
     for kind in ("bytes", "bpe"):
         assert EVERY[kind].decode(EVERY[kind].encode("a\ud83d b")) == "a\ufffd b"
         assert EVERY[kind].decode(EVERY[kind].encode("\ud83d\ude00")) == "\U0001f600"
+
+
+FILES = [tokenizer.to_json() for tokenizer in EVERY.values()]
+VALUES = st.sampled_from([None, True, -1, 0, 2**31, 2**63, 1e300, "", "<|end|>", [], {}, ["a"], {"a": 1}])
+
+
+@given(draw=st.data())
+def test_any_other_tokenizer_file_is_refused_in_one_line_or_keeps_the_law(draw, tmp_path_factory):
+    """One entry of a file changed or left out, or some of its bytes."""
+    content = draw.draw(st.sampled_from(FILES))
+    if draw.draw(st.booleans()):
+        fields = table = json.loads(content)
+        while True:
+            key = draw.draw(st.sampled_from(sorted(table)) if isinstance(table, dict) else st.integers(0, len(table) - 1))
+            if not isinstance(table[key], dict | list) or not table[key] or draw.draw(st.integers(0, 3)) == 0:
+                break
+            table = table[key]
+        if draw.draw(st.booleans()):
+            table[key] = draw.draw(VALUES)
+        else:
+            del table[key]
+        changed = json.dumps(fields).encode()
+    else:
+        changed = bytearray(content.encode())
+        for place in draw.draw(st.lists(st.integers(0, len(changed) - 1), min_size=1, max_size=3)):
+            changed[place] = draw.draw(st.integers(0, 255))
+    path = tmp_path_factory.mktemp("file") / "tokenizer.json"
+    path.write_bytes(changed)
+    try:
+        tokenizer = load_tokenizer(path)
+        ids = tokenizer.encode("the <|end|> river é </s> 1\n")
+    except UsageError as error:
+        assert "\n" not in str(error)
+        return
+    assert not np.isin(ids, [tokenizer.begin_id, tokenizer.end_id, tokenizer.mask_id]).any()
+    assert isinstance(tokenizer.decode(ids), str) and len(tokenizer.fingerprint) == 16

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Int
 
-from calm.text.decoded_tail import num_common
 from calm.text.tokenizer import Tokenizer
+from calm.text.tokenizer_file import num_common
 
 WINDOW, CONTEXT = 512, 64  # ids decoded again with every piece, at most; ids kept as context when they grow beyond that
 

@@ -26,8 +26,8 @@ from jaxtyping import Int
 from tokenizers import decoders, models, pre_tokenizers
 
 from calm.errors import UsageError, require_extra
-from calm.text.decoded_tail import decoded_tail, is_byte_token, num_common
 from calm.text.surrogates import replace_half_surrogates
+from calm.text.tokenizer_file import byte_characters, decoded_tail, is_byte_token, keeps_bytes, num_common
 from calm.text.tokenizer_spec import KINDS, SPECIALS, is_trained, tokenizer_path
 
 BEGIN, END, MASK = SPECIALS
@@ -140,6 +140,8 @@ class FileTokenizer(Tokenizer):
     reads it, except for those marked as special: tokens that serve as our specials get that mark. The model's own vocabulary
     may spell a special token (a SentencePiece vocabulary holds "</s>", a word vocabulary may hold any word): such an id is
     replaced by the ids of its halves, or by the unknown token in models that know whole words only.
+
+    Raises UsageError: a special token shares its id with another one, as where the ids of a vocabulary have gaps.
     """
 
     def __init__(self, inner: tokenizers.Tokenizer):
@@ -161,10 +163,15 @@ class FileTokenizer(Tokenizer):
         marked = {id for id, token in inner.get_added_tokens_decoder().items() if token.special and token.content != unknown}
         if isinstance(inner.model, models.Unigram):
             marked.discard(json.loads(inner.to_str())["model"].get("unk_id"))
+        for token, id in vocabulary.items():
+            if id in ours and token != inner.id_to_token(id):
+                raise UsageError(
+                    f"{token!r} and {inner.id_to_token(id)!r} share the id {id}; number the vocabulary without gaps"
+                )
         self._spelt = self._spellings(ours | marked)
         content = json.loads(inner.to_str())
         self._tail = decoded_tail(content["decoder"])
-        self.lossless = _keeps_bytes(content)
+        self.lossless = keeps_bytes(content)
 
     def _spellings(self, special: set[int]) -> dict[int, list[int]]:
         """Ids to write in place of each special id that the model's own vocabulary spells."""
@@ -251,6 +258,7 @@ class RankTokenizer(Tokenizer):
         self._ranks, self._pattern = ranks, pattern
         self.begin_id, self.end_id, self.mask_id = (max(ranks.values()) + 1 + i for i in range(3))
         self.vocab_size = self.mask_id + 1
+        self._known = np.fromiter(ranks.values(), np.int64)  # a file may leave ids out
         self._inner = require_extra("tiktoken", "tiktoken").Encoding(
             "calm", pat_str=pattern, mergeable_ranks=ranks, special_tokens={}
         )
@@ -261,7 +269,7 @@ class RankTokenizer(Tokenizer):
 
     def decode(self, ids: Int[np.ndarray, "T"] | Sequence[int]) -> str:
         values = np.asarray(ids, np.int64)
-        return self._inner.decode(values[values < self.begin_id].tolist(), errors="replace")
+        return self._inner.decode(values[np.isin(values, self._known)].tolist(), errors="replace")
 
     def to_json(self) -> str:
         return json.dumps({"type": "tiktoken", **self._identity()})
@@ -295,7 +303,7 @@ def load_tokenizer(spec: str | Path) -> Tokenizer:
         fields = json.loads(content)
         if fields.get("type") == "tiktoken":
             ranks = {base64.b64decode(token): rank for token, rank in fields["ranks"].items()}
-            return RankTokenizer(ranks, fields["pattern"])
+            return _tried(RankTokenizer(_checked(ranks, path), fields["pattern"]), path)
         inner = tokenizers.Tokenizer.from_buffer(content)
     except UsageError:
         raise
@@ -303,7 +311,12 @@ def load_tokenizer(spec: str | Path) -> Tokenizer:
         if isinstance(error, ImportError):
             raise
         raise UsageError(f"tokenizer {path}: not a tokenizer.json ({error})") from error
-    return ByteTokenizer() if _is_bytes(inner) else FileTokenizer(inner)
+    if _is_bytes(inner):
+        return ByteTokenizer()
+    try:
+        return FileTokenizer(inner)
+    except UsageError as error:
+        raise UsageError(f"tokenizer {path}: {error}") from error
 
 
 def require_same_tokenizer(found: str, expected: str, where: str) -> None:
@@ -326,40 +339,9 @@ def byte_level(model: models.BPE) -> tokenizers.Tokenizer:
     return made
 
 
-@functools.cache
-def byte_characters() -> tuple[str, ...]:
-    """The printable character that stands for each byte in byte-level vocabularies (GPT-2's table)."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in printable]
-    table = {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}
-    return tuple(table[byte] for byte in range(256))
-
-
 def _is_bytes(inner: tokenizers.Tokenizer) -> bool:
     vocabulary = inner.get_vocab(with_added_tokens=True)
     return len(vocabulary) == 259 and all(vocabulary.get(c) == byte for byte, c in enumerate(byte_characters()))
-
-
-def _keeps_bytes(content: dict[str, Any]) -> bool:
-    """Whether a tokenizer.json is a byte-level BPE that loses nothing: all bytes, no normalizer, no blank added."""
-    model, before, decoder = content["model"], content.get("pre_tokenizer") or {}, content.get("decoder") or {}
-    steps = before.get("pretokenizers", [before])
-    kept = all(
-        (step.get("type") == "ByteLevel" and not step["add_prefix_space"])
-        or (step.get("type") == "Split" and step["behavior"] != "Removed")
-        or step.get("type") == "Digits"
-        for step in steps
-    )
-    return (
-        kept
-        and any(step["type"] == "ByteLevel" for step in steps)
-        and decoder.get("type") == "ByteLevel"
-        and model["type"] == "BPE"
-        and content.get("normalizer") is None
-        and not (model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"))
-        and all(character in model["vocab"] for character in byte_characters())
-        and not any(token["lstrip"] or token["rstrip"] for token in content["added_tokens"])
-    )
 
 
 def _only_alias(inner: tokenizers.Tokenizer, name: str) -> bool:
@@ -372,7 +354,27 @@ def _read_ranks(content: bytes, path: Path) -> dict[bytes, int]:
         ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in lines}
     except ValueError as error:
         raise UsageError(f"tokenizer {path}: neither a tokenizer.json nor a tiktoken rank file") from error
+    return _checked(ranks, path)
+
+
+def _checked(ranks: dict[bytes, Any], path: Path) -> dict[bytes, int]:
+    """The same ranks. Raises UsageError: they are no ranks, or some text could not be spelled with them."""
     missing = sum(bytes([byte]) not in ranks for byte in range(256))
     if missing:
         raise UsageError(f"tokenizer {path}: a rank file must hold all 256 single bytes; {missing} are missing")
+    if b"" in ranks:
+        raise UsageError(f"tokenizer {path}: a rank file must not hold the empty token")
+    if not all(type(rank) is int and 0 <= rank < 2**31 - 3 for rank in ranks.values()) or len({*ranks.values()}) < len(ranks):
+        raise UsageError(f"tokenizer {path}: ranks must be different whole numbers from 0 on")
     return ranks
+
+
+def _tried(tokenizer: Tokenizer, path: Path) -> Tokenizer:
+    """The same tokenizer. Raises UsageError: it cannot split text, as with a pattern that matches nothing at all."""
+    try:
+        tokenizer.encode("a 1\n")
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":  # of the library's Rust code; it derives from BaseException alone
+            raise
+        raise UsageError(f"tokenizer {path}: text cannot be split by its pattern ({error})") from error
+    return tokenizer

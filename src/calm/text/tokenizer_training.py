@@ -5,7 +5,8 @@ from collections.abc import Iterable, Sequence
 import tokenizers
 from tokenizers import models, pre_tokenizers, trainers
 
-from calm.text.tokenizer import ALIASES, FileTokenizer, Tokenizer, byte_characters, byte_level
+from calm.text.tokenizer import ALIASES, FileTokenizer, Tokenizer, byte_level
+from calm.text.tokenizer_file import byte_characters
 from calm.text.tokenizer_spec import SPECIALS, WORDS, bpe_size, words_size
 from calm.text.words import vocabulary, word_level
 

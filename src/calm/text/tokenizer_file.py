@@ -1,10 +1,11 @@
-"""How far the end of a decoded text may still change when ids follow, read from the decoder of a tokenizer.json.
+"""Facts about a tokenizer.json, read from its content: whether it loses anything, and how its decoder treats the end of a text.
 
 Decoders of the tokenizers library work on a list of token strings, one after the other. Until a step joins the list (`Fuse`,
 `ByteLevel`), every step works on each token by itself, so that a token's text does not depend on those that follow. The
 exceptions are listed in `Tail`.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 WORD_LINES = " ?\n ?"
@@ -59,6 +60,37 @@ def num_common(first: str, second: str) -> int:
     if longer.startswith(shorter):
         return len(shorter)
     return next(place for place, (a, b) in enumerate(zip(shorter, longer, strict=False)) if a != b)
+
+
+def keeps_bytes(content: dict[str, Any]) -> bool:
+    """Whether a tokenizer.json is a byte-level BPE that loses nothing: all bytes, no normalizer, no blank added."""
+    model, before, decoder = content["model"], content.get("pre_tokenizer") or {}, content.get("decoder") or {}
+    steps = before.get("pretokenizers", [before])
+    kept = all(
+        (step.get("type") == "ByteLevel" and not step["add_prefix_space"])
+        or (step.get("type") == "Split" and step["behavior"] != "Removed")
+        or step.get("type") == "Digits"
+        for step in steps
+    )
+    return (
+        kept
+        and any(step["type"] == "ByteLevel" for step in steps)
+        and decoder.get("type") == "ByteLevel"
+        and model["type"] == "BPE"
+        and content.get("normalizer") is None
+        and not (model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"))
+        and all(character in model["vocab"] for character in byte_characters())
+        and not any(token["lstrip"] or token["rstrip"] for token in content["added_tokens"])
+    )
+
+
+@functools.cache
+def byte_characters() -> tuple[str, ...]:
+    """The printable character that stands for each byte in byte-level vocabularies (GPT-2's table)."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    table = {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}
+    return tuple(table[byte] for byte in range(256))
 
 
 def _flat(decoder: dict[str, Any] | None) -> list[dict[str, Any]]:
