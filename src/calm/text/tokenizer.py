@@ -310,7 +310,8 @@ def load_tokenizer(spec: str | Path) -> Tokenizer:
     except Exception as error:  # the library raises bare Exception
         if isinstance(error, ImportError):
             raise
-        raise UsageError(f"tokenizer {path}: not a tokenizer.json ({error})") from error
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UsageError(f"tokenizer {path}: not a tokenizer.json ({reason})") from error
     if _is_bytes(inner):
         return ByteTokenizer()
     try:
