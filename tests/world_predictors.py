@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from calm.core.predictor import Noise
-from calm.worlds.machine import MachineWorld
+from calm.worlds.finite_state import FiniteStateWorld
 
 
 class Beliefs(NamedTuple):
@@ -19,7 +19,7 @@ class Beliefs(NamedTuple):
 class WorldPredictor(nnx.Module):
     """Chunks of `chunk_size` tokens drawn exactly from a world's law given all that was read; begin ids say nothing."""
 
-    def __init__(self, world: MachineWorld, chunk_size: int, collapsed: bool = False):
+    def __init__(self, world: FiniteStateWorld, chunk_size: int, collapsed: bool = False):
         self.chunk_size, self.collapsed = chunk_size, collapsed
         self.precision, self.decoding, self.vocab_size, self.num_layers = "float32", "drawn", world.vocab_size, 1
         self.reach = 0
@@ -78,7 +78,7 @@ class WorldPredictor(nnx.Module):
 class TokenWorldPredictor(WorldPredictor):
     """The same, one token at a time, and it knows its probabilities."""
 
-    def __init__(self, world: MachineWorld):
+    def __init__(self, world: FiniteStateWorld):
         super().__init__(world, 1)
 
     def logits(self, hidden):

@@ -8,7 +8,8 @@ import pytest
 from calm.core.intervals import BlockSums
 from calm.errors import UsageError
 from calm.evaluate.bits_per_byte import bits_per_byte, scored_bytes
-from calm.text.tokenizer import ByteTokenizer, train_bpe
+from calm.text.tokenizer import ByteTokenizer
+from calm.text.tokenizer_training import train_bpe
 
 TEXT = "Der Fuchs läuft über die Brücke, und der Hund läuft hinterher. " * 4
 

@@ -11,7 +11,8 @@ from calm.evaluate.bits_per_byte import bits_per_byte
 from calm.evaluate.blocks import checked
 from calm.evaluate.perplexity import ScoredText, word_perplexity
 from calm.evaluate.perplexity_report import PerplexityReport
-from calm.text.tokenizer import ByteTokenizer, train_bpe, train_words
+from calm.text.tokenizer import ByteTokenizer
+from calm.text.tokenizer_training import train_bpe, train_words
 from calm.text.words import count_words
 from calm.token.likelihood import windows
 

@@ -1,6 +1,8 @@
 """Hub data sets, tried on a local folder that the package `datasets` reads like one."""
 
 import json
+import sys
+import types
 
 import pytest
 
@@ -21,7 +23,7 @@ def folder(tmp_path_factory):
 
 
 def test_without_the_package_the_extra_is_named(monkeypatch, tmp_path):
-    monkeypatch.setitem(__import__("sys").modules, "datasets", None)
+    monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(MissingExtraError, match=r"calm-lm\[data\]"):
         prepare("hf:roneneldan/TinyStories", tmp_path)
 
@@ -37,6 +39,25 @@ def test_a_data_set_is_streamed_into_its_splits(folder, tmp_path, monkeypatch):
     assert data.tokenizer.decode(data.split("valid").read(start, 18)) == "validation story 3"
     with pytest.raises(UsageError, match=r"no text in field 'body' \(there is: text, n\)"):
         prepare(f"hf:{folder}", tmp_path / "other", "bytes", field="body", **OPTIONS)
+
+
+def test_null_and_empty_texts_are_left_out_and_counted(tmp_path, monkeypatch):
+    """With a stand-in for the package, which answers as it does."""
+
+    class Stream(list):
+        def skip(self, count):
+            return self[count:]
+
+    rows = Stream({"text": text} for text in ["one", None, "", "two", None])
+    package = types.ModuleType("datasets")
+    monkeypatch.setattr(package, "get_dataset_split_names", lambda name, subset: ["train"], raising=False)
+    monkeypatch.setattr(package, "load_dataset", lambda *arguments, **options: rows, raising=False)
+    monkeypatch.setitem(sys.modules, "datasets", package)
+    (tmp_path / "set").mkdir()
+    manifest = prepare(f"hf:{tmp_path / 'set'}", tmp_path / "data", "bytes", valid=0.0, test=0.0, **OPTIONS)
+    assert manifest.notes == {"records_without_text": 3} and manifest.splits["train"]["documents"] == 2
+    data = open_data(tmp_path / "data")
+    assert data.tokenizer.decode(data.split("train").read(0, 8)) == "onetwo"
 
 
 def test_an_interrupted_stream_goes_on(folder, tmp_path, monkeypatch):

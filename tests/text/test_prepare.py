@@ -12,9 +12,9 @@ import pytest
 from calm.errors import CalmError, UsageError
 from calm.text import prepare as module
 from calm.text.prepare import prepare
+from calm.text.shard_writer import SplitWriter
 from calm.text.shards import open_data
 from calm.text.summary import show_summary, summarize
-from calm.text.writer import SplitWriter
 
 OPTIONS = dict(separator="<sep>", valid=0.1, test=0.1, shard_tokens=3000, quiet=True)
 
@@ -22,7 +22,7 @@ OPTIONS = dict(separator="<sep>", valid=0.1, test=0.1, shard_tokens=3000, quiet=
 VICTIM = """
 import os, sys
 from calm.text import prepare as module
-from calm.text import writer
+from calm.text import shard_writer
 moment, left = sys.argv[1], 0
 def counted(function):
     def call(*arguments, **named):
@@ -34,7 +34,7 @@ def counted(function):
     return call
 module.BATCH, module.CHECKPOINT = 500, 2
 os.fsync, os.replace = counted(os.fsync), counted(os.replace)
-writer.SplitWriter._put = counted(writer.SplitWriter._put)
+shard_writer.SplitWriter._put = counted(shard_writer.SplitWriter._put)
 module.prepare(sys.argv[2], sys.argv[3], "bpe:300", separator="<sep>", valid=.1, test=.1, shard_tokens=3000, quiet=True)
 """
 

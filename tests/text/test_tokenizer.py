@@ -10,15 +10,10 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from calm.errors import MissingExtraError, UsageError
-from calm.text.tokenizer import (
-    ByteTokenizer,
-    FileTokenizer,
-    _byte_characters,
-    bpe_size,
-    load_tokenizer,
-    require_same_tokenizer,
-    train_bpe,
-)
+from calm.text.tokenizer import ByteTokenizer, FileTokenizer, load_tokenizer, require_same_tokenizer
+from calm.text.tokenizer_file import byte_characters
+from calm.text.tokenizer_spec import bpe_size
+from calm.text.tokenizer_training import train_bpe
 
 SAMPLE = ["the cat sat on the mat, the cat ate\n\nthe rat  and 1234 naïve cafés beside another longest sentence. " * 20]
 BPE = train_bpe(SAMPLE, 310)
@@ -26,7 +21,7 @@ BPE = train_bpe(SAMPLE, 310)
 
 def rank_file(path):
     """A tiktoken rank file of the merges of BPE: what both formats can say."""
-    characters = {character: byte for byte, character in enumerate(_byte_characters())}
+    characters = {character: byte for byte, character in enumerate(byte_characters())}
     vocabulary = json.loads(BPE.to_json())["model"]["vocab"]
     lines = [
         base64.b64encode(bytes(characters[c] for c in token)) + b" %d" % rank
@@ -134,6 +129,53 @@ def test_rank_file_agrees_with_tiktoken_and_survives_saving(tmp_path):
     again = load_tokenizer(tmp_path / "tokenizer.json")
     assert again.fingerprint == tokenizer.fingerprint
     np.testing.assert_array_equal(again.encode(text), tokenizer.encode(text))
+
+
+def test_a_vocabulary_with_gaps_whose_words_would_be_special_is_refused(tmp_path):
+    inner = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<unk>": 0, "the": 2, "cat": 3}, unk_token="<unk>"))
+    inner.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(UsageError, match=r"tokenizer.json: 'cat' and '<\|begin\|>' share the id 3|'<\|begin\|>' and 'cat'"):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda ranks: ranks.pop(base64.b64encode(b"a").decode()), "1 are missing"),
+        (lambda ranks: ranks.update({base64.b64encode(b"the cat").decode(): 5}), "different whole numbers"),
+        (lambda ranks: ranks.update({"": 500}), "empty token"),
+        (lambda ranks: ranks.update({base64.b64encode(b"the cat").decode(): -5}), "different whole numbers"),
+        (lambda ranks: ranks.update({base64.b64encode(b"the cat").decode(): 2**40}), "different whole numbers"),
+        (lambda ranks: ranks.update({base64.b64encode(b"the cat").decode(): None}), "different whole numbers"),
+    ],
+)
+def test_ranks_that_cannot_spell_every_text_are_refused(tmp_path, change, message):
+    pytest.importorskip("tiktoken")
+    load_tokenizer(rank_file(tmp_path / "llama.model")).save(tmp_path / "tokenizer.json")
+    fields = json.loads((tmp_path / "tokenizer.json").read_text())
+    change(fields["ranks"])
+    (tmp_path / "tokenizer.json").write_text(json.dumps(fields))
+    with pytest.raises(UsageError, match=message):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("pattern", ["x*", "(", "", 3])
+def test_a_pattern_that_cannot_split_is_refused(tmp_path, pattern):
+    pytest.importorskip("tiktoken")
+    load_tokenizer(rank_file(tmp_path / "llama.model")).save(tmp_path / "tokenizer.json")
+    fields = json.loads((tmp_path / "tokenizer.json").read_text()) | {"pattern": pattern}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(fields))
+    with pytest.raises(UsageError, match="tokenizer.json: "):
+        load_tokenizer(tmp_path)
+
+
+def test_ids_that_a_rank_file_leaves_out_have_no_text(tmp_path):
+    pytest.importorskip("tiktoken")
+    path = rank_file(tmp_path / "llama.model")
+    path.write_bytes(path.read_bytes() + base64.b64encode(b"the cat sat on") + b" 400\n")
+    tokenizer = load_tokenizer(path)
+    assert tokenizer.vocab_size == 404
+    assert tokenizer.decode([350, 400, 351, tokenizer.end_id]) == "the cat sat on"
 
 
 def test_rank_file_without_tiktoken_names_the_extra(tmp_path, monkeypatch):

@@ -13,7 +13,9 @@ from calm.errors import UsageError
 from calm.text.prepare import prepare
 from calm.text.shards import open_data
 from calm.text.summary import show_summary, summarize
-from calm.text.tokenizer import ByteTokenizer, load_tokenizer, train_bpe, train_words, words_size
+from calm.text.tokenizer import ByteTokenizer, load_tokenizer
+from calm.text.tokenizer_spec import words_size
+from calm.text.tokenizer_training import train_bpe, train_words
 from calm.text.words import LINE_END, UNKNOWN, count_words, plain_blanks, vocabulary, words_of
 
 LINES = " \n = Title = \n \n The cat <unk> a cat , and the \xa0 dog \n"

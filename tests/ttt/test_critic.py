@@ -7,11 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import ttt_models
 
+import ttt_models
 from calm.core.autoencoder import AutoencoderConfig
 from calm.errors import UsageError
-from calm.text.tokenizer import load_tokenizer, train_words
+from calm.text.tokenizer import load_tokenizer
+from calm.text.tokenizer_training import train_words
 from calm.ttt.concept import chunks_with, concept_of_texts, concept_of_words, encoded, expected, parse_words
 from calm.ttt.critic import ConceptCritic, ShuffledCritic, as_pytree, checked_rewards, weighted
 from calm.ttt.critic_files import fingerprint, load_critic, save_critic

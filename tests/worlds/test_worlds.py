@@ -1,4 +1,4 @@
-"""Worlds know their own law: what they draw, say in closed form and say by counting agree, wherever a context begins."""
+"""Worlds know their own distribution: draws, closed forms and counts agree, wherever a context begins."""
 
 import itertools
 
@@ -31,19 +31,19 @@ def text(world) -> np.ndarray:
 
 def test_the_law_is_a_law_over_words_and_the_end(world, text):
     for state in (world.start(3), world.at_document(3), world.condition(text[:, :7])):
-        law = world.law(state)
+        law = world.distribution(state)
         np.testing.assert_allclose(law.sum(-1), 1)
         assert (law >= 0).all() and not law[:, [world.begin_id, world.mask_id]].any()
-    assert not world.law(world.at_document(1))[0, world.end_id], "a document of no words"
+    assert not world.distribution(world.at_document(1))[0, world.end_id], "a document of no words"
 
 
 def test_what_is_drawn_follows_the_law(world):
-    """The score of the drawn tokens against their own law is a sum of martingale differences: its mean is 0."""
+    """The score of the drawn tokens against their own distribution is a sum of martingale differences: its mean is 0."""
     tokens, state = world.sample(400, seed=2, streams=64), world.at_document(64)
     weights = np.random.default_rng(0).standard_normal((400, world.vocab_size))
     surprises = []
     for column, weight in zip(tokens.T, weights, strict=True):
-        law = world.law(state)
+        law = world.distribution(state)
         surprises.append(weight[column] - law @ weight)
         assert (law[np.arange(64), column] > 0).all()
         state = world.read(state, column)
@@ -84,7 +84,7 @@ def test_entropy_rate_and_ceilings_are_the_averages_over_long_texts(world):
     tokens, state = world.sample(240, seed=3, streams=128), world.at_document(128)
     nats, matches = [], []
     for number, column in enumerate(tokens.T):
-        nats.append(-np.log(world.law(state)[np.arange(128), column]))
+        nats.append(-np.log(world.distribution(state)[np.arange(128), column]))
         if number >= 64 and number % 16 == 0:
             matches.append(world.self_match(state))
         state = world.read(state, column)
@@ -120,10 +120,10 @@ def test_answers_come_from_far_back():
     filler = ["k1", "is", "v0"] * 40
     text = ["k3", "is", "v2", *filler, "k5", "?", "v1", *filler, "k3", "?"]
     context = np.array([[ids[word] for word in text]])
-    assert world.law(world.condition(context))[0, ids["v2"]] == 1
+    assert world.distribution(world.condition(context))[0, ids["v2"]] == 1
     without = context.copy()
     without[0, 0] = ids["k2"]
-    np.testing.assert_allclose(world.law(world.condition(without))[0, world.keys + 2 : -3], 1 / 4)
+    np.testing.assert_allclose(world.distribution(world.condition(without))[0, world.keys + 2 : -3], 1 / 4)
 
 
 def test_a_grammar_that_hides_what_it_has_read_is_a_mixture_until_it_shows():
@@ -134,7 +134,7 @@ def test_a_grammar_that_hides_what_it_has_read_is_a_mixture_until_it_shows():
     }
     world = compile_grammar("hidden", grammar, "TEXT")
     assert world.words == ("x", "b", "c", "d")
-    law = world.law(world.read(world.read(world.at_document(1), np.array([0])), np.array([1])))[0]
+    law = world.distribution(world.read(world.read(world.at_document(1), np.array([0])), np.array([1])))[0]
     np.testing.assert_allclose(law, [0, 0, 3 / 8, 1 / 4, 0, 3 / 8, 0])
     with pytest.raises(UsageError, match="begins with itself"):
         compile_grammar("left", {"TEXT": [Rule(1, ("TEXT", "x"))]}, "TEXT")
@@ -151,9 +151,9 @@ def test_verbs_agree_with_their_subject_across_clauses():
     ends_in_s = np.array([word.endswith("s") for word in world.words])
     for subject, ending in itertools.product(("dog", "dogs"), (True, False)):
         words = ["the", subject, "that", "the", "cats", "that", "sleep", "see"]
-        law = world.law(world.read(world.condition(np.array([[world.end_id]])), np.array([ids["the"]])))
+        law = world.distribution(world.read(world.condition(np.array([[world.end_id]])), np.array([ids["the"]])))
         state = world.condition(np.array([[world.end_id, *[ids[word] for word in words]]]))
-        law = world.law(state)[0, : len(world.words)]
+        law = world.distribution(state)[0, : len(world.words)]
         assert (law[ends_in_s == ending].sum() > 0) == ((subject == "dog") == ending)
 
 
@@ -162,7 +162,11 @@ def test_bad_settings_are_named():
         ("novel", {}, "choose markov, grammar, key-value"),
         ("markov", {"letters": 3}, "unknown setting 'letters'; it has words"),
         ("markov", {"words": "many"}, "words: expected a whole number"),
-        ("markov", {"words": 1}, "need words >= 2"),
+        ("markov", {"words": 1}, "need 2 <= words"),
+        ("markov", {"words": "1M"}, "words < 4096"),
+        ("markov", {"seed": -1}, "seed >= 0"),
+        ("grammar", {"seed": -1}, "seed >= 0"),
+        ("key-value", {"keys": "1M"}, "keys <= 1024"),
         ("grammar", {"clauses": 1.0}, "clauses < 1"),
         ("key-value", {"settings": "0"}, "0 < settings < 1"),
     ]:

@@ -14,8 +14,9 @@ class DataPrepare:
     """Turn text into a tokenizer and memory-mapped token shards. Run it again after an interruption and it goes on."""
 
     source: str = "pydoc"
-    """pydoc (the documentation inside Python), a file or folder of .txt, .jsonl or .parquet, hf:NAME[:SUBSET], or a language of
-    known law: world:markov, world:grammar, world:key-value, with settings as in world:markov:words=128,tokens=5M"""
+    """pydoc (the documentation inside Python), a file or folder of .txt, .jsonl (also compressed) or .parquet,
+    hf:NAME[:SUBSET], or a language of known distribution: world:markov, world:grammar, world:key-value, with settings as in
+    world:markov:words=128,tokens=5M"""
     out: Path
     """the folder to fill"""
     tokenizer: str = "auto"
@@ -78,11 +79,13 @@ class DataInspect:
     """documents shown for each split"""
     length: int = 200
     """tokens shown of each"""
+    verify: bool = False
+    """read everything and compare it with the checksums; data of at most 64 MB always is"""
 
     def run(self) -> dict[str, Any]:
         from calm.text.summary import summarize
 
-        return summarize(self.folder, examples=self.examples, length=self.length)
+        return summarize(self.folder, examples=self.examples, length=self.length, verify=self.verify or None)
 
     def show(self, result: dict[str, Any]) -> str:
         from calm.text.summary import show_summary

@@ -209,7 +209,7 @@ def _written(out: str | None, name: str, result: dict[str, Any], text: str) -> N
     import json
 
     from calm.cli import plain
-    from calm.text.writer import write_whole
+    from calm.text.atomic_write import write_whole
 
     if out is None:
         return

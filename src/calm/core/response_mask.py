@@ -1,7 +1,7 @@
 """Which tokens of a batch count in the loss: all, or of prompt-and-response data the responses alone.
 
 Batches are int32 `[B T]` everywhere. A token that is only read, never predicted, is handed over as its complement `~id`, which
-is negative as no id is (`calm.text.prompted`); an objective takes the two apart before anything else.
+is negative as no id is (`calm.text.prompted_batches`); an objective takes the two apart before anything else.
 """
 
 import jax.numpy as jnp

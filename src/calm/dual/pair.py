@@ -33,7 +33,7 @@ from calm.rng import row_keys, stream
 from calm.runs import bundle
 from calm.runs.stages import validation_blocks
 from calm.runs.weights import build_with_weights, flat_weights
-from calm.text.writer import write_whole
+from calm.text.atomic_write import write_whole
 from calm.token.model import TokenLM
 from calm.token.sampler import SoftmaxSampler
 

@@ -41,7 +41,8 @@ from calm.runs.stages import LatentLMRun, TokenLMRun, load_autoencoder, load_lm,
 from calm.runs.token_stage import load_token_lm
 from calm.text.chunking import chunk_prompt
 from calm.text.shards import Data, open_data
-from calm.text.tokenizer import WORDS, Tokenizer, load_tokenizer, require_same_tokenizer
+from calm.text.tokenizer import Tokenizer, load_tokenizer, require_same_tokenizer
+from calm.text.tokenizer_spec import WORDS
 from calm.token.model import TokenLM
 from calm.token.sampler import softmax_sampler
 from calm.train.matrix_rate import choose_precision

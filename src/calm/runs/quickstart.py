@@ -11,9 +11,9 @@ from calm.evaluate.plots import brier_bars, noise_curves, training_curves
 from calm.evaluate.scores import brier_table
 from calm.runs import bundle, presets
 from calm.runs.stages import train_autoencoder, train_lm
+from calm.text.atomic_write import write_whole
 from calm.text.prepare import prepare
 from calm.text.shards import open_data
-from calm.text.writer import write_whole
 from calm.train.run_folder import read_records
 
 NOISE = (0.1, 0.2, 0.3, 0.5, 0.75, 1.0)

@@ -30,7 +30,7 @@ from calm.runs import schema
 from calm.runs.folders import export_autoencoder, load_exported_autoencoder
 from calm.runs.init_from import StartingPoint, open_exported, readable
 from calm.text.batches import Batches, evaluation_blocks
-from calm.text.prompted import PromptedBatches
+from calm.text.prompted_batches import PromptedBatches
 from calm.text.shards import Data, open_data
 from calm.text.tokenizer import Tokenizer, load_tokenizer, require_same_tokenizer
 from calm.token.model import TokenLMConfig

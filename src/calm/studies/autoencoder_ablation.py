@@ -22,8 +22,8 @@ from calm.runs import bundle, presets
 from calm.runs import measure as examine
 from calm.runs.stages import AutoencoderRun
 from calm.studies.runner import Cell, run_cells
+from calm.text.atomic_write import write_whole
 from calm.text.shards import open_data
-from calm.text.writer import write_whole
 
 COLUMNS = {
     "tokens right": ("tokens_right", "{:.3%}"),

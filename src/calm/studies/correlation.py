@@ -29,9 +29,9 @@ from calm.evaluate.blocks import text_protocol
 from calm.evaluate.brier import evaluate_predictor
 from calm.evaluate.tables import table
 from calm.rng import stream
+from calm.text.atomic_write import write_whole
 from calm.text.batches import evaluation_blocks
 from calm.text.shards import Data, Split, open_data
-from calm.text.writer import write_whole
 from calm.token.model import TokenLMConfig
 from calm.token.objective import TokenObjective
 

@@ -30,7 +30,7 @@ from calm.studies.path_ablation import RETRAINED, AblationStudy, cells, trained
 from calm.studies.runner import cell_folder, grid
 from calm.studies.scoring import LanguageModelScore, over_seeds
 from calm.studies.study import Request
-from calm.text.writer import write_whole
+from calm.text.atomic_write import write_whole
 from calm.token.model import TokenLM
 
 BATCH = 8

@@ -29,7 +29,7 @@ from calm.evaluate.plots import COLOURS, _figure, _tidy
 from calm.evaluate.tables import table
 from calm.hybrid.hopfield import refine
 from calm.rng import PRNGKey, stream
-from calm.text.writer import write_whole
+from calm.text.atomic_write import write_whole
 
 WIDTHS = (8, 16, 24, 32, 48, 64)
 COUNTS = tuple(2**power for power in range(2, 16))

@@ -30,7 +30,7 @@ from calm.studies.ablation_report import ablation_csv, draw_ablation
 from calm.studies.runner import Cell, grid, run_cells
 from calm.studies.scoring import LanguageModelScore, over_seeds
 from calm.studies.study import OF_LANGUAGE_MODELS, Request
-from calm.text.writer import write_whole
+from calm.text.atomic_write import write_whole
 from calm.token.likelihood import token_likelihood
 from calm.token.model import TokenLM
 

@@ -31,7 +31,7 @@ from calm.runs.writing import score_writing
 from calm.studies.runner import RESULT, Cell, cell_folder, describe, grid, read_results, run_cells, sized, with_seed
 from calm.studies.scoring import LanguageModelScore, over_seeds, results_table
 from calm.studies.study import OF_LANGUAGE_MODELS, Request
-from calm.text.writer import write_whole
+from calm.text.atomic_write import write_whole
 from calm.token.collapse import collapse_measures
 from calm.token.likelihood import token_likelihood
 from calm.token.model import TokenLM

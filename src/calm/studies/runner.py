@@ -29,8 +29,8 @@ from calm.runs.stages import (
     train_lm,
 )
 from calm.runs.token_stage import train_token_lm
+from calm.text.atomic_write import write_whole
 from calm.text.shards import open_data
-from calm.text.writer import write_whole
 from calm.token.objective import TokenObjective
 
 RESULT = "result.json"

@@ -19,7 +19,7 @@ from calm.runs import bundle, presets
 from calm.runs.stages import AutoencoderRun, LatentLMRun
 from calm.studies.runner import RESULT, Cell, cell_folder, grid, run_cells, taken
 from calm.studies.scoring import BRIER, LANGUAGE_MODEL_COLUMNS, WRITING_COLUMNS, LanguageModelScore, against, results_table
-from calm.text.writer import write_whole
+from calm.text.atomic_write import write_whole
 
 LATENT_DIMS = {1: 32, 2: 48, 4: 64, 8: 128}
 OF_LANGUAGE_MODELS = frozenset(

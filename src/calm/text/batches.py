@@ -1,8 +1,10 @@
-"""Training batches: seeded, resumable to the exact batch, shared out between hosts; and blocks for evaluation.
+"""Training batches: seeded, resumable to the exact batch, shared between hosts; and blocks for evaluation.
+
+Axis letters: B rows of a batch, T tokens of a row, R blocks.
 
 An epoch cuts the split, taken as a ring, into windows of T tokens from a random phase on, and visits them in random order:
 every token once (but for a rest below T), the chunk boundaries somewhere else each time. A share of the rows starts at a
-document instead, behind 1..K begin ids, as prompts do. Row r of batch b is a function of (seed, b, r) alone; grain's
+document instead, after 1..K begin ids, as prompts do. Row r of batch b is a function of (seed, b, r) alone; grain's
 index shuffle gives the order without holding it.
 """
 
@@ -19,7 +21,7 @@ _PHASE, _STARTS = 1, 2  # separate streams of random numbers
 
 
 class Batches:
-    """An endless iterator of int32 [B T] with T = num_tokens.
+    """Endless iterator of int32 [B T] with T = num_tokens.
 
     Args:
       batch_size: rows of the global batch. With several hosts each gets its batch_size / host_count of them, in order: the
@@ -67,11 +69,11 @@ class Batches:
 
     @property
     def state(self) -> dict[str, int]:
-        """What `restore` needs: the number of the next batch, and the numbers that it would be wrong to change."""
+        """Number of the next batch, and the settings that `restore` requires to be equal."""
         return {"step": self._step, "seed": self._seed, "batch_size": self._batch_size, "num_tokens": self._num_tokens}
 
     def restore(self, state: dict[str, int]) -> None:
-        """Goes to the batch that `state` was taken before. Raises UsageError when it is of other batches than these."""
+        """Continues with the batch before which `state` was taken. Raises UsageError: it has other settings than these."""
         for key, value in self.state.items():
             if key != "step" and state.get(key, value) != value:
                 raise UsageError(f"resume: the run's batches had {key}={state[key]}, now it is {value}; keep it as it was")
@@ -79,7 +81,7 @@ class Batches:
 
     @property
     def epoch(self) -> float:
-        """How often the split has been gone through."""
+        """Number of passes over the split so far, in fractions."""
         return self._step * self._batch_size / self._windows
 
     def __iter__(self) -> "Batches":
@@ -106,7 +108,7 @@ class Batches:
         return batch
 
     def _window(self, number: int) -> int:
-        """First token of the `number`-th window since the start of training."""
+        """First token of window `number`, counted from the start of training."""
         return self._phase(number // self._windows) + int(self._order[number]) * self._num_tokens
 
     @functools.lru_cache(maxsize=2)  # noqa: B019 - two integers; the split outlives it
@@ -117,9 +119,14 @@ class Batches:
 def evaluation_blocks(
     split: Split, *, num_tokens: int, max_blocks: int | None = None
 ) -> tuple[Int[np.ndarray, "R T"], Int[np.ndarray, "R"]]:
-    """The split in order as blocks [R T] that do not overlap, and the number of the document that each starts in.
+    """Blocks of a split in order, without overlap.
 
-    The rest at the end, shorter than T, is left out. Raises UsageError: not one block.
+    The rest at the end, shorter than T, is left out.
+
+    Returns:
+      The blocks, and the number of the document in which each one starts.
+
+    Raises UsageError: the split is shorter than one block.
     """
     _require_length(split, num_tokens)
     count = split.num_tokens // num_tokens
@@ -138,7 +145,7 @@ def _require_length(split: Split, num_tokens: int) -> None:
 
 
 def shuffled(size: int, seed: int) -> Any:
-    """Item i of an endless row: 0..size-1 in random order, then again in another."""
+    """Endless sequence of 0..size-1 in random order, then in another order, and so on; item i costs constant time."""
     import grain  # here, since it brings jax along, and text that is not trained on needs neither
 
     return grain.MapDataset.range(size).seed(seed).shuffle().repeat()

@@ -1,4 +1,6 @@
-"""Prompts -> chunks of K tokens. The end of a prompt is a chunk boundary: what is missing goes in front, as begin ids.
+"""Prompts as chunks of K tokens. The end of a prompt is a chunk boundary: begin ids fill its front.
+
+Axis letters: B batch, T tokens, N chunks, K tokens of a chunk.
 
 Training windows at document starts look the same (`calm.text.batches`), so a model has seen every number of begins, 1..K, as
 often as its corpus has document starts. A prompt of whole chunks has none in front: a corpus of one long document hardly
@@ -13,13 +15,15 @@ from jaxtyping import Int
 from calm.errors import UsageError
 
 NOTHING = -1
-"""stands for a token where there is none, as before the beginning of a text"""
+"""number in place of a token where there is none, as before the beginning of a text"""
 
 
 def chunk_prompt(ids: Int[np.ndarray, "T"] | Sequence[int], chunk_size: int, begin_id: int) -> Int[np.ndarray, "N K"]:
-    """The first T mod K tokens, if any, behind K - (T mod K) begins, then whole chunks: N = ceil(T / K).
+    """Chunks of a prompt: begins and the first T mod K tokens, if any, then whole chunks; N = ceil(T / K).
 
     The empty prompt is one chunk of begins, the unconditional start.
+
+    Raises UsageError: `chunk_size` is below 1.
     """
     if chunk_size < 1:
         raise UsageError(f"chunk_size: need at least 1, got {chunk_size}")
@@ -29,12 +33,12 @@ def chunk_prompt(ids: Int[np.ndarray, "T"] | Sequence[int], chunk_size: int, beg
 
 
 def num_begins(num_tokens: int, chunk_size: int) -> int:
-    """How many begins stand in front of a prompt."""
+    """Number of begin ids in front of a prompt of `num_tokens` tokens."""
     return -num_tokens % chunk_size if num_tokens else chunk_size
 
 
 def num_chunks(num_tokens: int, chunk_size: int) -> int:
-    """Of a prompt."""
+    """Number of chunks in a prompt of `num_tokens` tokens."""
     return (num_tokens + num_begins(num_tokens, chunk_size)) // chunk_size
 
 
@@ -43,7 +47,10 @@ def pad_prompts(
 ) -> tuple[Int[np.ndarray, "B N K"], Int[np.ndarray, "B"]]:
     """Prompts of any lengths as one batch, aligned at their ends.
 
-    Returns the chunks, padded on the left with chunks of begins, and `starts`: each row's first chunk that is not padding.
+    Returns:
+      The chunks, padded on the left with chunks of begins, and the first chunk of each row that is not padding.
+
+    Raises UsageError: there is no prompt.
     """
     if not prompts:
         raise UsageError("prompts: need at least one")

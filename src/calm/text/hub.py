@@ -1,4 +1,4 @@
-"""Data sets of the Hugging Face hub as a corpus (extra `data`): `hf:NAME` or `hf:NAME:SUBSET`, streamed.
+"""Data sets of the Hugging Face hub (extra `data`): `hf:NAME` or `hf:NAME:SUBSET`, streamed.
 
 NAME may also be a local folder that the package `datasets` can read.
 """
@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from calm.errors import CalmError, MissingExtraError, UsageError, require_extra
-from calm.text.files import SPLITS, clean
+from calm.text.files import SPLITS
+from calm.text.surrogates import replace_half_surrogates
 
 
 class HubDataset:
@@ -22,6 +23,7 @@ class HubDataset:
 
     def __init__(self, spec: str, field: str = "text"):
         name, _, subset = spec.removeprefix("hf:").partition(":")
+        name = str(Path(name).expanduser()) if name.startswith("~") else name
         if not name:
             raise UsageError(f"source {spec}: give hf:NAME or hf:NAME:SUBSET, as in hf:roneneldan/TinyStories")
         self.spec, self.field = spec, field
@@ -33,7 +35,7 @@ class HubDataset:
             raise UsageError(f"source {spec}: the data set has no split named train (it has: {', '.join(names)})")
 
     def revision(self) -> str | None:
-        """The commit that is being read; None for a local folder or when the hub does not say."""
+        """Commit that is read; None for a local folder, or when the hub does not say."""
         if Path(self._name).exists():
             return None
         try:
@@ -44,16 +46,16 @@ class HubDataset:
             return None
 
     def documents(self, split: str, skip: int = 0) -> Iterator[str]:
-        """The texts of one of our splits, from document `skip` on; empty texts are left out but counted in `skip`."""
+        """Yields the texts of one of our splits, from document `skip` on; null is the empty text."""
         stream = self._ask(
             lambda: self._datasets.load_dataset(self._name, self._subset, split=self.splits[split], streaming=True)
         )
         for record in stream.skip(skip) if skip else stream:
-            if not isinstance(record.get(self.field), str):
+            if self.field not in record or not isinstance(record[self.field], str | None):
                 raise UsageError(
                     f"source {self.spec}: no text in field {self.field!r} (there is: {', '.join(record)}); see --field"
                 )
-            yield clean(record[self.field])
+            yield replace_half_surrogates(record[self.field] or "")
 
     def _ask(self, question: Callable[[], Any]) -> Any:
         try:

@@ -1,4 +1,4 @@
-"""The corpus `pydoc`: the English documentation inside every CPython. Needs no network; varies with the Python version.
+"""Corpus `pydoc`: the English documentation inside every CPython. Needs no network; varies with the Python version.
 
 Three kinds of documents: each topic of the language reference (`pydoc_data.topics`); each module's docstring with those of its
 functions; each class's docstring with those of its methods. Docstrings are dedented and follow the name of what they
@@ -22,12 +22,12 @@ _SKIPPED = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__p
 
 
 def python_version() -> str:
-    """The version that decides the corpus, such as "CPython 3.11.7"."""
+    """Version of Python, which decides the corpus, such as "CPython 3.11.7"."""
     return f"{platform.python_implementation()} {platform.python_version()}"
 
 
 def python_documents(library: Path | None = None) -> Iterator[str]:
-    """Every document once, in a fixed order. `library` is the standard library's folder (default: this Python's)."""
+    """Yields every document once, in a fixed order. `library` is the standard library's folder (default: this Python's)."""
     library = library or Path(sysconfig.get_path("stdlib"))
     seen: set[str] = set()
     for text in _all_documents(library):
@@ -63,7 +63,7 @@ def _parse(path: Path) -> ast.Module:
 
 
 def _group(node: ast.Module | ast.ClassDef, name: str) -> Iterator[str]:
-    """The docstring of `node` with those of its functions; then the same for each class in it."""
+    """Yields the docstring of `node` with those of its functions, then the same for each class in it."""
     parts = [_entry(node, name)]
     parts += [
         _entry(child, f"{name}.{child.name}")

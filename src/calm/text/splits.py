@@ -1,11 +1,11 @@
-"""Which split a document belongs to: by the name of its file, by a hash of its index, or by its place at the end."""
+"""Splits of documents: by the name of the file, by a hash of the index, or by the place at the end of the text."""
 
 import dataclasses
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from calm.errors import UsageError
-from calm.text.corpus import Source
+from calm.text.sources import Source
 
 NAMES = ("train", "valid", "test")
 FEW = 200  # below so many documents a hash would hold out too few of them, or a whole novel
@@ -22,7 +22,7 @@ class Labelled(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SplitPlan:
-    """How the documents of the train parts are divided. Parts of other splits keep their name.
+    """Division of the train parts' documents. Parts of other splits keep their name.
 
     rule "named": nothing is held out. "hash": a document goes to valid or test by a hash of its index, so that adding
     documents moves none. "tail": the last characters, cut at line ends; `edges` are the first characters of valid and test.
@@ -36,7 +36,10 @@ class SplitPlan:
     def label(
         self, text: str, last: bool, split: str, document: int, position: int, prompt: bool = False
     ) -> Iterator[Labelled]:
-        """The piece `text`, `document`-th of the train documents, with `position` characters of them before it."""
+        """Splits of the piece `text`, cut where it crosses from one split to another.
+
+        `document` is its number among the train documents, `position` the number of their characters before it.
+        """
         if split != "train" or self.rule == "named":
             yield Labelled(split, text, last, prompt)
         elif self.rule == "hash":
@@ -58,13 +61,13 @@ class SplitPlan:
 
 
 def check_shares(valid: float, test: float) -> None:
-    """Refuses shares that leave nothing to train on."""
+    """Checks the shares to hold out. Raises UsageError: they leave nothing to train on."""
     if not (valid >= 0 and test >= 0 and valid + test < 1):
         raise UsageError(f"held out: need valid >= 0, test >= 0 and valid + test < 1, got valid={valid:g}, test={test:g}")
 
 
 def make_plan(source: Source, valid: float, test: float, documents: int | None, characters: int | None) -> SplitPlan:
-    """The rule for a source, given how many train documents and characters it has (None: many, not counted)."""
+    """Plan for a source with so many train documents and characters (None: many, not counted)."""
     check_shares(valid, test)
     if source.named:
         present = {part.split for part in source.parts}
@@ -79,7 +82,7 @@ def make_plan(source: Source, valid: float, test: float, documents: int | None, 
 
 
 def describe(plan: SplitPlan) -> dict[str, Any]:
-    """What the manifest says about it."""
+    """Entry of the manifest about the plan."""
     return {"rule": plan.rule, "valid": plan.valid, "test": plan.test}
 
 

@@ -1,4 +1,4 @@
-"""What prepared data holds, in numbers and examples."""
+"""Summary of prepared data, in numbers and examples."""
 
 from pathlib import Path
 from typing import Any
@@ -11,13 +11,20 @@ from calm.text.tokenizer import Tokenizer
 _READ = 1 << 22
 
 
-def summarize(folder: str | Path, *, examples: int = 2, length: int = 200) -> dict[str, Any]:
-    """Counts for each split, bytes per token, and the decoded starts of a few documents spread over it.
+def summarize(folder: str | Path, *, examples: int = 2, length: int = 200, verify: bool | None = None) -> dict[str, Any]:
+    """Summarizes prepared data: counts for each split, remarks, and the decoded starts of a few documents spread over it.
 
-    Bytes per token counts text bytes over the tokens that are text (without the end ids). `length` is in tokens. Of a
-    tokenizer with an id for unknown words, `unknown` is its share of a split's tokens.
+    Bytes per token counts text bytes over the tokens that are text (without the end ids). Of a tokenizer with an id for unknown
+    words, `unknown` is its share of a split's tokens.
+
+    Args:
+      examples: documents shown for each split.
+      length: tokens shown of each.
+      verify: as in `open_data`.
+
+    Raises UsageError: the folder is no prepared data, or is damaged.
     """
-    data = open_data(folder)
+    data = open_data(folder, verify)
     splits: dict[str, dict[str, Any]] = {}
     for name, entry in data.manifest.splits.items():
         split = data.split(name)
@@ -33,7 +40,8 @@ def summarize(folder: str | Path, *, examples: int = 2, length: int = 200) -> di
     manifest = data.manifest
     return {
         "folder": str(folder),
-        "source": {key: value for key, value in manifest.source.items() if key != "files"},
+        "source": {key: value for key, value in manifest.source.items() if key not in ("files", "left_out")},
+        "remarks": manifest.remarks(),
         "license": manifest.license,
         "tokenizer": manifest.tokenizer,
         "held_out": manifest.held_out,
@@ -42,7 +50,7 @@ def summarize(folder: str | Path, *, examples: int = 2, length: int = 200) -> di
 
 
 def show_summary(summary: dict[str, Any]) -> str:
-    """The same for a reader."""
+    """Formats a summary for a reader."""
     source, tokenizer, held_out = summary["source"], summary["tokenizer"], summary["held_out"]
     stamps = " ".join(str(source[key]) for key in ("python", "revision") if source.get(key))
     words = any(split["unknown"] is not None for split in summary["splits"].values())
@@ -61,6 +69,7 @@ def show_summary(summary: dict[str, Any]) -> str:
         f"splits     by {held_out['rule']}: valid {held_out['valid']:g}, test {held_out['test']:g}"
         if held_out["rule"] != "named"
         else "splits     by file name",
+        *(f"note       {remark}" for remark in summary["remarks"]),
         "",
         *(
             "  ".join(
@@ -76,7 +85,7 @@ def show_summary(summary: dict[str, Any]) -> str:
 
 
 def _unknown(split: Split, unknown_id: int | None) -> float | None:
-    """Share of the tokens that stand for a word which the vocabulary lacks, or which the text itself spells so."""
+    """Share of tokens that are the unknown word, be it a word that the vocabulary lacks or `<unk>` in the text itself."""
     if unknown_id is None:
         return None
     starts = range(0, split.num_tokens, _READ)

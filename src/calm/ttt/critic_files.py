@@ -15,7 +15,7 @@ from flax import nnx
 
 from calm.core.autoencoder import Autoencoder
 from calm.errors import CalmError, UsageError
-from calm.text.writer import write_whole
+from calm.text.atomic_write import write_whole
 from calm.train.trees import named_leaves
 from calm.ttt.critic import ConceptCritic, TrainedCritic
 

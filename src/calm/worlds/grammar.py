@@ -1,9 +1,9 @@
-"""A probabilistic context-free grammar of bounded nesting, and its exact next-token law.
+"""A probabilistic context-free grammar of bounded nesting, and its exact next-token distribution.
 
-A left-to-right derivation keeps a stack of symbols that are still to come. What was read leaves a probability for each stack
-(Jelinek and Lafferty 1991 sum the same derivations for prefix probabilities); each such belief becomes one state of a finite
-machine, found by reading on from the start of a document until nothing new appears. Differs: the grammar must leave finitely
-many beliefs, so nesting has to be bounded by its symbols.
+A left-to-right derivation keeps a stack of symbols that are still to come. The tokens read leave a probability for each stack
+(Jelinek and Lafferty 1991 sum the same derivations for prefix probabilities); each such belief becomes one state of a
+finite-state world, found by reading on from the start of a document until no new belief appears. Differs: the grammar must
+leave finitely many beliefs, so nesting has to be bounded by its symbols.
 """
 
 import functools
@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from calm.errors import UsageError
-from calm.worlds.machine import MAX_STATES, MachineWorld
+from calm.worlds.finite_state import MAX_STATES, FiniteStateWorld
 
 END = "<|end|>"
 """the symbol of a document's end in rules"""
@@ -24,7 +24,7 @@ Belief = tuple[tuple[Stack, float], ...]
 
 
 class Rule(NamedTuple):
-    """One way to write a symbol, possibly as nothing. Weights of a symbol's rules need not sum to 1."""
+    """One expansion of a symbol, possibly empty. Weights of a symbol's rules need not sum to 1."""
 
     weight: float
     symbols: Stack
@@ -33,11 +33,15 @@ class Rule(NamedTuple):
 Grammar = dict[str, list[Rule]]
 
 
-def compile_grammar(name: str, grammar: Grammar, start: str) -> MachineWorld:
-    """The machine of a grammar. Symbols without rules are words; `start` is what follows `END`, and must write an endless text.
+def compile_grammar(name: str, grammar: Grammar, start: str) -> FiniteStateWorld:
+    """Compiles a grammar into a finite-state world.
 
-    Raises:
-        UsageError: left recursion, a derivation that ends, more than `MAX_STATES` beliefs.
+    Args:
+      name: of the world, and in messages.
+      grammar: rules of each symbol; symbols without rules are words.
+      start: the symbol that follows `END`; its derivation must never end.
+
+    Raises UsageError: left recursion, a derivation that ends, more than `MAX_STATES` beliefs.
     """
     words = tuple(dict.fromkeys(symbol for rules in grammar.values() for rule in rules for symbol in rule.symbols))
     words = tuple(word for word in words if word not in grammar and word != END)
@@ -45,7 +49,7 @@ def compile_grammar(name: str, grammar: Grammar, start: str) -> MachineWorld:
 
     @functools.cache
     def next_words(stack: Stack, above: Stack = ()) -> dict[tuple[str, Stack], float]:
-        """Probability of each (next word, stack behind it); `above` are the symbols that were opened without a word."""
+        """Probability of each (next word, stack after it); `above` are the symbols that were opened without a word."""
         if not stack:
             raise UsageError(f"grammar {name}: a derivation ends; let a document end with {END} and a new one begin")
         top, rest = stack[0], stack[1:]
@@ -65,10 +69,10 @@ def compile_grammar(name: str, grammar: Grammar, start: str) -> MachineWorld:
 
     first: Belief = (((start,), 1.0),)
     states = {first: 0}
-    laws: list[dict[str, tuple[float, int]]] = []
+    rows: list[dict[str, tuple[float, int]]] = []
     pending = [first]
     while pending:
-        belief, law = pending.pop(0), {}
+        belief, row = pending.pop(0), {}
         after: dict[str, dict[Stack, float]] = defaultdict(lambda: defaultdict(float))
         for stack, chance in belief:
             for (word, rest), probability in next_words(stack).items():
@@ -82,14 +86,14 @@ def compile_grammar(name: str, grammar: Grammar, start: str) -> MachineWorld:
                     raise UsageError(f"grammar {name}: more than {MAX_STATES} states; bound how deep its symbols nest")
                 states[key] = len(states)
                 pending.append(key)
-            law[word] = (total, states[key])
-        laws.append(law)
+            row[word] = (total, states[key])
+        rows.append(row)
 
-    table, following = np.zeros((len(laws), len(words) + 3)), np.zeros((len(laws), len(words) + 3), np.int64)
-    for state, law in enumerate(laws):
-        for word, (chance, target) in law.items():
+    table, following = np.zeros((len(rows), len(words) + 3)), np.zeros((len(rows), len(words) + 3), np.int64)
+    for state, row in enumerate(rows):
+        for word, (chance, target) in row.items():
             table[state, ids[word]], following[state, ids[word]] = chance, target
-    return MachineWorld(name, words, table / table.sum(-1, keepdims=True), following)
+    return FiniteStateWorld(name, words, table / table.sum(-1, keepdims=True), following)
 
 
 NOUNS = "dog cat bird girl king friend horse neighbour teacher driver".split()
@@ -98,20 +102,24 @@ TRANSITIVE = "see find know follow hear like help call".split()
 INTRANSITIVE = "run sleep sing wait laugh swim".split()
 
 
-class GrammarWorld(MachineWorld):
+class GrammarWorld(FiniteStateWorld):
     """English-like sentences: subject and verb agree in number, also across relative clauses, inside which others do.
 
     "the dog that the cats see runs ." Some nouns do not show their number ("the sheep that the dog sees runs ."): then the verb
-    tells, and until it does the exact law is a mixture. Words have Zipf probabilities in an order drawn by `seed`; `clauses` is
-    how likely a noun is to carry a relative clause, `depth` how many of them can be open inside each other. A document has
-    `sentences` sentences on average.
+    does, and until it is read the exact distribution is a mixture. Words have Zipf probabilities in a random order.
+
+    Args:
+      clauses: probability that a noun carries a relative clause.
+      depth: most clauses that are open inside each other, 0 to 4.
+      sentences: average number of sentences of a document.
+      seed: of the order of the words.
     """
 
     def __init__(self, *, clauses: float = 0.3, depth: int = 2, sentences: int = 24, seed: int = 0):
-        if not 0 <= clauses < 1 or not 0 <= depth <= 4 or sentences < 2:
+        if not 0 <= clauses < 1 or not 0 <= depth <= 4 or sentences < 2 or seed < 0:
             raise UsageError(
-                f"world grammar: need 0 <= clauses < 1, 0 <= depth <= 4 and sentences >= 2, got clauses={clauses:g}, "
-                f"depth={depth}, sentences={sentences}"
+                f"world grammar: need 0 <= clauses < 1, 0 <= depth <= 4, sentences >= 2 and seed >= 0, got "
+                f"clauses={clauses:g}, depth={depth}, sentences={sentences}, seed={seed}"
             )
         generator = np.random.default_rng(seed)
         made = compile_grammar("grammar", _english(clauses, depth, sentences, generator), "DOCUMENT")
@@ -119,7 +127,7 @@ class GrammarWorld(MachineWorld):
 
 
 def _english(clauses: float, depth: int, sentences: int, generator: np.random.Generator) -> Grammar:
-    """Symbols end in how many more clauses may open inside: SUBJECT:one:2."""
+    """Rules of the grammar. Symbols end in the number of clauses that may still open inside: SUBJECT:one:2."""
 
     def lexicon(words: Sequence[str]) -> list[tuple[float, str]]:
         return [(1 / (1 + rank), str(words[place])) for rank, place in enumerate(generator.permutation(len(words)))]

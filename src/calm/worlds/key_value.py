@@ -2,9 +2,11 @@
 
     k3 is v7 k12 ? v0 k3 ? v7 ...
 
-A statement is a key, then `is` or `?`, then a value. After `is` any value may come; after `?` comes the value that the key was
-last said to have in this document, or any, if it was not mentioned. With n keys the answer is about 3 n tokens back, and no law
-of the last few tokens knows it. The task is that of associative recall (Arora et al. 2023, arXiv:2312.04927), as a language.
+A statement is a key, then `is` or `?`, then a value. After `is` any value may come; after `?` comes the last value given to the
+key in this document, or any, if the key was not mentioned. With n keys the answer is about 3 n tokens back, where no n-gram
+model sees it. The task is that of associative recall (Arora et al. 2023, arXiv:2312.04927), as a language.
+
+Axis letters as in `calm.worlds.world`: B contexts, V vocabulary, M lumped states, O orders, R some of the contexts.
 """
 
 import functools
@@ -21,20 +23,26 @@ _ROWS = 64  # contexts at a time where every continuation is read
 
 
 class KeyValueWorld(World):
-    """Keys come uniformly. `settings` is the share of statements that set; a document has `statements` of them on average.
+    """Statements about keys, which come uniformly.
 
-    A context is remembered as: what comes next; the present key, -1 if the text began behind it, and whether it was asked; each
-    key's value, -1 if not known. A text that begins inside a statement shows a value whose key is not seen, an orphan: then
-    each key has a weight, the probability that the orphan is its value and the key was not mentioned since.
+    The state of a context holds the kind of token that comes next; the present key, -1 if the text began after it, and whether
+    it is queried; each key's value, -1 if not known. A text that begins inside a statement shows a value whose key is not seen,
+    an orphan: then each key has a weight, the probability that the orphan is its value and the key was not mentioned since.
+
+    Args:
+      keys: number of keys, 2 to 1024.
+      values: number of values, 2 to 65,536.
+      settings: share of the statements that set a value; the others are queries.
+      statements: average number of statements of a document.
     """
 
     name = "key-value"
 
     def __init__(self, *, keys: int = 16, values: int = 16, settings: float = 0.3, statements: int = 84):
-        if min(keys, values) < 2 or not 0 < settings < 1 or statements < 2:
+        if not (2 <= keys <= 1024 and 2 <= values <= 65_536) or not 0 < settings < 1 or statements < 2:
             raise UsageError(
-                f"world key-value: need keys >= 2, values >= 2, 0 < settings < 1 and statements >= 2, got keys={keys}, "
-                f"values={values}, settings={settings:g}, statements={statements}"
+                f"world key-value: need 2 <= keys <= 1024, 2 <= values <= 65536, 0 < settings < 1 and statements >= 2, got "
+                f"keys={keys}, values={values}, settings={settings:g}, statements={statements}"
             )
         self.keys, self.values, self.settings, self.ending = keys, values, settings, 1 / statements
         names = [f"k{number}" for number in range(keys)] + ["is", "?"] + [f"v{number}" for number in range(values)]
@@ -46,32 +54,32 @@ class KeyValueWorld(World):
         state[:, _PHASE], state[:, _ASKED], state[:, _FIRST : _FIRST + self.keys] = NOTHING_READ, 0, 0
         return state
 
-    def law(self, state: State) -> Float[np.ndarray, "B V"]:
-        law, phase = np.zeros((len(state), self.vocab_size)), state[:, _PHASE]
+    def distribution(self, state: State) -> Float[np.ndarray, "B V"]:
+        found, phase = np.zeros((len(state), self.vocab_size)), state[:, _PHASE]
         values = slice(self._first_value, self._first_value + self.values)
-        share = np.zeros((len(state), 4))  # of each thing that may come next; one of them but at the very start
+        share = np.zeros((len(state), 4))  # of each kind of token; a single one, except where nothing was read
         share[phase < NOTHING_READ] = np.eye(4)[phase[phase < NOTHING_READ].astype(int)]
         share[phase == NOTHING_READ] = self._phases
         fresh, key, verb, value = share.T[..., None]
-        law[:, : self.keys] = (fresh + key * (1 - self.ending)) / self.keys
-        law[:, self.end_id] = key[:, 0] * self.ending
-        law[:, self._is], law[:, self._ask] = verb[:, 0] * self.settings, verb[:, 0] * (1 - self.settings)
-        law[:, values] = value * self._answers(state)
-        return law
+        found[:, : self.keys] = (fresh + key * (1 - self.ending)) / self.keys
+        found[:, self.end_id] = key[:, 0] * self.ending
+        found[:, self._is], found[:, self._ask] = verb[:, 0] * self.settings, verb[:, 0] * (1 - self.settings)
+        found[:, values] = value * self._answers(state)
+        return found
 
     def _answers(self, state: State) -> Float[np.ndarray, "B values"]:
-        """The law of the value, if one is next."""
-        law = np.full((len(state), self.values), 1 / self.values)
+        """Distribution of the value, if one is next."""
+        found = np.full((len(state), self.values), 1 / self.values)
         asked = np.flatnonzero((state[:, _PHASE] == VALUE) & (state[:, _ASKED] == 1) & (state[:, _KEY] >= 0))
         key = state[asked, _KEY].astype(int)
         weight, memory = state[asked, _FIRST + key], state[asked, _FIRST + self.keys + key].astype(int)
         known = memory >= 0
-        law[asked[known]] = np.eye(self.values)[memory[known]]
-        law[asked[~known]] *= 1 - weight[~known, None]
+        found[asked[known]] = np.eye(self.values)[memory[known]]
+        found[asked[~known]] *= 1 - weight[~known, None]
         orphan = state[asked, _ORPHAN].astype(int)
         maybe = ~known & (orphan >= 0)
-        law[asked[maybe], orphan[maybe]] += weight[maybe]
-        return law
+        found[asked[maybe], orphan[maybe]] += weight[maybe]
+        return found
 
     def read(self, state: State, tokens: Int[np.ndarray, "B"]) -> State:
         state, tokens = state.copy(), np.asarray(tokens)
@@ -106,7 +114,7 @@ class KeyValueWorld(World):
         return self._chain
 
     def self_match(self, state: State, orders: int = ORDERS) -> Float[np.ndarray, "B O"]:
-        """By the finite chain where the text is known to its last statement, by reading on where an orphan is about."""
+        """Sum of Q^2 over the next n-grams: by the finite chain, or by reading on where the context holds an orphan."""
         result = np.empty((len(state), orders))
         weights = state[:, _FIRST : _FIRST + self.keys].sum(-1)
         # Where nothing or half a statement was read, an orphan is about to come.
@@ -126,7 +134,7 @@ class KeyValueWorld(World):
 
     @functools.cached_property
     def _lumps(self) -> dict[tuple[int, int, bool, bool], int]:
-        """What a context comes down to: what is next, how many keys are known, whether the present one is, and is asked."""
+        """Number of each lumped state: kind of the next token, keys known, whether the present one is known, and is queried."""
         counts = range(self.keys + 1)
         every = [(FRESH, 0, False, False), *((KEY, count, False, False) for count in counts)]
         every += [(VERB, count, known, False) for count in counts for known in (False, True)]
@@ -139,7 +147,7 @@ class KeyValueWorld(World):
         entropy = np.zeros(len(self._lumps))
 
         def go(here: int, tokens: int, chance: float, *lump: int | bool) -> None:
-            """`tokens` tokens, each of probability `chance`, lead to `lump`."""
+            """Adds `tokens` tokens, each of probability `chance`, that lead to `lump`."""
             if tokens and chance:
                 there = self._lumps[lump]  # type: ignore[index]
                 step[here, there] += tokens * chance
@@ -164,7 +172,7 @@ class KeyValueWorld(World):
 
     @functools.cached_property
     def _squares(self) -> Float[np.ndarray, "M O"]:
-        """sum Q^2 of the next n-grams in each lump."""
+        """Sum of Q^2 over the next n-grams in each lumped state."""
         columns, current = [], np.ones(len(self._lumps))
         for _ in range(ORDERS):
             current = self._chain.squares @ current
@@ -173,7 +181,7 @@ class KeyValueWorld(World):
 
     @functools.cached_property
     def _phases(self) -> Float[np.ndarray, "4"]:
-        """How often a key after an end, a key or end, a verb, a value is next."""
+        """Share of the tokens that are a key after an end, a key or an end, a verb, a value."""
         shares = np.zeros(4)
         for (phase, *_), weight in zip(self._lumps, self._chain.stationary, strict=True):
             shares[phase] += weight

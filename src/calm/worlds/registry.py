@@ -5,19 +5,22 @@ from collections.abc import Callable
 
 from calm.config import parse_human_float, parse_human_int
 from calm.errors import UsageError
+from calm.worlds.finite_state import MarkovWorld
 from calm.worlds.grammar import GrammarWorld
 from calm.worlds.key_value import KeyValueWorld
-from calm.worlds.machine import MarkovWorld
 from calm.worlds.world import World
 
 WORLDS: dict[str, Callable[..., World]] = {"markov": MarkovWorld, "grammar": GrammarWorld, "key-value": KeyValueWorld}
 
 TEXT_SETTINGS = ("tokens", "draw")
-"""what a source says about its text and not about the language"""
+"""settings of a source that are about its text and not about the language"""
 
 
 def split_spec(spec: str) -> tuple[str, dict[str, str]]:
-    """ "markov:words=128,seed=3" -> ("markov", {"words": "128", "seed": "3"}). Raises UsageError for anything else."""
+    """Splits a spec: "markov:words=128,seed=3" -> ("markov", {"words": "128", "seed": "3"}).
+
+    Raises UsageError: there is no such world, or a setting is not KEY=VALUE.
+    """
     name, _, settings = spec.partition(":")
     if name not in WORLDS:
         raise UsageError(f"world {name!r}: there is none of that name; choose {', '.join(WORLDS)}")
@@ -28,7 +31,7 @@ def split_spec(spec: str) -> tuple[str, dict[str, str]]:
 
 
 def world_of(source: str) -> World | None:
-    """The language of a source such as "world:markov:words=128,tokens=5M"; None for a source of another kind."""
+    """Language of a source such as "world:markov:words=128,tokens=5M"; None for a source of another kind."""
     if not source.startswith("world:"):
         return None
     name, settings = split_spec(source.removeprefix("world:"))
@@ -36,7 +39,10 @@ def world_of(source: str) -> World | None:
 
 
 def build_world(name: str, **settings: str | int | float) -> World:
-    """The world called `name`; settings are numbers or their text (30k, 2M). Raises UsageError, naming the setting."""
+    """Builds the world called `name` with settings that are numbers or their text (30k, 2M).
+
+    Raises UsageError: there is no such world or setting, or a value is out of its range; the message names it.
+    """
     if name not in WORLDS:
         raise UsageError(f"world {name!r}: there is none of that name; choose {', '.join(WORLDS)}")
     known = inspect.signature(WORLDS[name]).parameters

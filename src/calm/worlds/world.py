@@ -1,11 +1,14 @@
-"""What every world can say about itself.
+"""Interface of all worlds.
 
-A world is a reader: its state is a function of what was read and gives the law Q of the next token. All else follows by
-reading on. Ids are those of the word tokenizer that `calm data prepare --source world:NAME` writes: the words in order, then
-begin, end and mask. The end id is a token of the language, which follows every document; begin and mask have probability 0.
+A world reads text: its state is a function of the tokens read so far and gives the distribution Q of the next token. All else
+follows by reading on. Ids are those of the word tokenizer that `calm data prepare --source world:NAME` writes: the words in
+order, then begin, end and mask. The end id is a token of the language, which follows every document; begin and mask have
+probability 0.
 
-Contexts may start anywhere. `start` has read nothing and knows only the stationary law of the language, so a block cut from
-the middle of a document gets the exact conditionals given the block.
+Contexts may start anywhere. `start` has read nothing and knows only the stationary distribution of the language, so a block
+cut from the middle of a document gets the exact conditionals given the block.
+
+Axis letters: B contexts, T tokens, V vocabulary, M states, n tokens of an n-gram, G n-grams, O orders 1..O, X any.
 """
 
 import abc
@@ -24,10 +27,10 @@ ORDERS = 4
 MAX_TABLE = 2**22
 """entries of the largest table of n-grams"""
 STREAM = 2**14
-"""tokens that are drawn one after the other"""
+"""tokens of one stream, which are drawn one after the other"""
 
 State = Num[np.ndarray, "B X"]
-"""One row a context: beliefs or memories, as the world needs them."""
+"""One row for each context: beliefs or memories, as the world needs them."""
 
 
 class NgramTable(NamedTuple):
@@ -39,10 +42,12 @@ class NgramTable(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Chain:
-    """The finite Markov chain behind a world that has read for ever: enough for averages over all contexts.
+    """Finite Markov chain of a world's states after endless text: enough for averages over all contexts.
 
-    `step[i, j]` is the probability to go from i to j by one token, `squares[i, j]` the sum of the squared probabilities of the
-    tokens that do, `entropy[i]` the entropy of the next token in nats.
+    Attributes:
+      step: probability to go from state i to state j by one token.
+      squares: sum of the squared probabilities of the tokens that go from i to j.
+      entropy: entropy of the next token in each state, in nats.
     """
 
     step: Float[np.ndarray, "M M"]
@@ -51,7 +56,7 @@ class Chain:
 
     @functools.cached_property
     def stationary(self) -> Float[np.ndarray, "M"]:
-        """pi with pi step = pi and sum 1; unique, since every world returns to the start of a document."""
+        """Stationary distribution pi: pi step = pi, sum 1. Unique, since every world returns to the start of a document."""
         equations = self.step.T - np.eye(len(self.step))
         equations[-1] = 1  # any one of the others follows from the rest
         solution = np.linalg.solve(equations, np.eye(len(self.step))[-1])
@@ -59,10 +64,11 @@ class Chain:
 
     @property
     def entropy_rate(self) -> float:
+        """Entropy of the next token in nats, averaged over endless text."""
         return float(self.stationary @ self.entropy)
 
     def ceilings(self, orders: int = ORDERS) -> Float[np.ndarray, "O"]:
-        """E[sum Q^2] over n-grams, n = 1..O, by s_n = squares s_{n-1}, s_0 = 1."""
+        """Average of sum Q^2 over the next n-grams, n = 1..O, by s_n = squares s_{n-1}, s_0 = 1."""
         values, current = [], np.ones(len(self.step))
         for _ in range(orders):
             current = self.squares @ current
@@ -71,9 +77,9 @@ class Chain:
 
 
 class World(abc.ABC):
-    """A language whose next-token law is known exactly after every context.
+    """A language whose next-token distribution is known exactly after every context.
 
-    A subclass says `words`, `start`, `law`, `read` and `chain`.
+    Subclasses define `name`, `words`, `start`, `distribution`, `read` and `chain`.
     """
 
     name: str
@@ -81,75 +87,81 @@ class World(abc.ABC):
 
     @property
     def vocab_size(self) -> int:
-        """The words and begin, end, mask."""
+        """Number of ids: the words, and begin, end and mask."""
         return len(self.words) + 3
 
     @property
     def begin_id(self) -> int:
+        """Id that fills the front of a prompt; of probability 0."""
         return len(self.words)
 
     @property
     def end_id(self) -> int:
+        """Id that follows every document."""
         return len(self.words) + 1
 
     @property
     def mask_id(self) -> int:
+        """Id of a masked token; of probability 0."""
         return len(self.words) + 2
 
     @property
     def support(self) -> Int[np.ndarray, "X"]:
-        """The ids that text of this world consists of."""
+        """Ids that text of this world consists of, ascending."""
         return np.append(np.arange(len(self.words)), self.end_id)
 
-    # -- what a world is ----------------------------------------------------------------------------------------------
+    # -- required interface -------------------------------------------------------------------------------------------
 
     @abc.abstractmethod
     def start(self, batch: int) -> State:
-        """Nothing was read."""
+        """State of `batch` contexts of which nothing was read."""
 
     @abc.abstractmethod
-    def law(self, state: State) -> Float[np.ndarray, "B V"]:
-        """Q(next token | what was read)."""
+    def distribution(self, state: State) -> Float[np.ndarray, "B V"]:
+        """Probabilities Q of the next token."""
 
     @abc.abstractmethod
     def read(self, state: State, tokens: Int[np.ndarray, "B"]) -> State:
-        """One more token. Tokens of probability 0 leave a state of which nothing is promised."""
+        """State after one more token; undefined after a token of probability 0."""
 
     @abc.abstractmethod
     def chain(self) -> Chain:
-        """Its states as a finite chain, from which entropy rate and ceilings come."""
+        """Finite chain of the states, from which entropy rate and ceilings come."""
 
-    # -- what follows -------------------------------------------------------------------------------------------------
+    # -- derived from it ----------------------------------------------------------------------------------------------
 
     @property
     def entropy_rate(self) -> float:
-        """Nats per token of the endless text, exactly."""
+        """Entropy of endless text in nats per token, exact."""
         return self.chain().entropy_rate
 
     def ceilings(self) -> Float[np.ndarray, "4"]:
-        """The expected Brier-1..4 of the language itself (sum Q^2) where all that came before is known: no model has more."""
+        """Expected Brier-1..4 of the language itself (sum Q^2), given all that came before: the most that a model can reach."""
         return self.chain().ceilings()
 
     def condition(self, context: Int[np.ndarray, "B T"]) -> State:
-        """The state behind each context."""
+        """State after each context."""
         state = self.start(len(context))
         for column in np.asarray(context).T:
             state = self.read(state, column)
         return state
 
     def probability(self, context: Int[np.ndarray, "B T"], grams: Int[np.ndarray, "B n"]) -> Float[np.ndarray, "B n"]:
-        """Q(first k tokens of each n-gram | its context), k = 1..n."""
+        """Probability of the first k tokens of each n-gram after its context, k = 1..n."""
         return self._along(self.condition(context), grams)
 
     def _along(self, state: State, grams: Int[np.ndarray, "B n"]) -> Float[np.ndarray, "B n"]:
         steps = []
         for column in np.asarray(grams).T:
-            steps.append(self.law(state)[np.arange(len(column)), column])
+            steps.append(self.distribution(state)[np.arange(len(column)), column])
             state = self.read(state, column)
         return np.cumprod(np.stack(steps, -1), axis=-1)
 
     def table(self, context: Int[np.ndarray, "B T"], n: int) -> NgramTable:
-        """Q of every n-gram, n in 1..4. Raises UsageError where the table would not be small."""
+        """Every n-gram with its probability after each context, for n in 1..4.
+
+        Raises UsageError: the table would have more than `MAX_TABLE` entries.
+        """
         if not 1 <= n <= ORDERS:
             raise UsageError(f"n: n-grams of 1 to {ORDERS} tokens, got {n}")
         rows, choices = len(context), len(self.support)
@@ -159,31 +171,31 @@ class World(abc.ABC):
             )
         state, probability = self.condition(context), np.ones((rows, 1))
         for _ in range(n):  # row-major: the last token varies fastest
-            probability = (probability.reshape(-1, 1) * self.law(state)[:, self.support]).reshape(rows, -1)
+            probability = (probability.reshape(-1, 1) * self.distribution(state)[:, self.support]).reshape(rows, -1)
             state = self.read(np.repeat(state, choices, axis=0), np.tile(self.support, len(state)))
         return NgramTable(np.array(list(itertools.product(self.support, repeat=n))), probability)
 
     def self_match(self, state: State, orders: int = ORDERS) -> Float[np.ndarray, "B O"]:
-        """sum Q^2 over the next n-grams, n = 1..O: what the true law scores on average after this context.
+        """Sum of Q^2 over the next n-grams, n = 1..O: the average Brier-n of the language itself after each context.
 
-        By reading every token that may come; worlds with a closed form say it.
+        Reads on with every token that may come; worlds with a closed form override it.
         """
-        law = self.law(state)
-        rows, tokens = np.nonzero(law)
-        squares = law[rows, tokens] ** 2
-        sums = [np.bincount(rows, weights=squares, minlength=len(law))]
+        probability = self.distribution(state)
+        rows, tokens = np.nonzero(probability)
+        squares = probability[rows, tokens] ** 2
+        sums = [np.bincount(rows, weights=squares, minlength=len(state))]
         if orders > 1:
             later = self.self_match(self.read(state[rows], tokens), orders - 1)
-            sums += [np.bincount(rows, weights=squares * column, minlength=len(law)) for column in later.T]
+            sums += [np.bincount(rows, weights=squares * column, minlength=len(state)) for column in later.T]
         return np.stack(sums, -1)
 
     def sample(self, tokens: int, *, seed: int | Sequence[int], streams: int = 1) -> Int[np.ndarray, "streams T"]:
-        """`streams` independent endless texts of `tokens` tokens, each from the start of a document."""
+        """Draws `streams` independent texts of `tokens` tokens, each from the start of a document."""
         columns = self._columns(streams, np.random.default_rng(seed))
         return np.stack(list(itertools.islice(columns, tokens)), -1)
 
     def documents(self, tokens: int, *, seed: int | Sequence[int]) -> Iterator[Int[np.ndarray, "_"]]:
-        """Whole documents, without their ends, until there are `tokens` tokens or a few more, ends counted."""
+        """Draws whole documents, without their ends, until there are at least `tokens` tokens, ends counted."""
         streams = max(1, tokens // STREAM)  # side by side, which is faster; a few long texts rather than many short ones
         columns, ended = [], np.zeros(streams, bool)
         for column in self._columns(streams, np.random.default_rng(seed)):
@@ -197,21 +209,24 @@ class World(abc.ABC):
             yield from (part[part != self.end_id] for part in np.split(row[: complete[-1] + 1], complete[:-1] + 1))
 
     def _columns(self, streams: int, generator: np.random.Generator) -> Iterator[Int[np.ndarray, "streams"]]:
-        """The next token of each stream, for ever."""
+        """Draws the next token of each stream, without end."""
         state = self.at_document(streams)
         while True:
-            cumulative = np.cumsum(self.law(state), axis=-1)
+            cumulative = np.cumsum(self.distribution(state), axis=-1)
             tokens = (generator.random((streams, 1)) * cumulative[:, -1:] >= cumulative).sum(-1)
             yield tokens
             state = self.read(state, tokens)
 
     def at_document(self, batch: int) -> State:
-        """The state at the start of a document: an end was read."""
+        """State at the start of a document, where an end was read."""
         return self.read(self.start(batch), np.full(batch, self.end_id))
 
 
 def tempered(probability: Float[np.ndarray, "*b G"], temperature: float | int) -> Float[np.ndarray, "*b G"]:
-    """P^(1/T) / Z over the last axis: what a sampler at temperature T must follow. Any T > 0; n-grams count as one outcome."""
+    """Target P^(1/T) / Z of a sampler at temperature T, over the last axis; each n-gram is one outcome.
+
+    Raises UsageError: T is not above 0.
+    """
     if not temperature > 0:
         raise UsageError(f"temperature must be above 0, got {temperature}")
     scaled = probability / probability.max(-1, keepdims=True)

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from calm.text import pieces
-from calm.text.pieces import cut_blocks, cut_text
-from calm.text.tokenizer import train_bpe
+from calm.text import document_pieces
+from calm.text.document_pieces import cut_blocks, cut_text
+from calm.text.tokenizer_training import train_bpe
 
 LETTERS = st.text(alphabet="ab \n.", max_size=300)
 LINES = st.lists(st.sampled_from(["the cat,", "sat  naïve", "", "the cat sat naïve the"]), max_size=40)
@@ -17,7 +17,7 @@ LINES = st.lists(st.sampled_from(["the cat,", "sat  naïve", "", "the cat sat na
 
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch):
-    monkeypatch.setattr(pieces, "PIECE", 20)
+    monkeypatch.setattr(document_pieces, "PIECE", 20)
 
 
 def documents(stream):
@@ -37,8 +37,8 @@ def test_pieces_of_a_document_join_to_it_and_are_bounded(text):
     found = list(cut_text(text))
     assert "".join(piece.text for piece in found) == text
     assert [piece.last for piece in found] == [False] * (len(found) - 1) + [True]
-    assert all(len(piece.text) <= 2 * pieces.PIECE for piece in found)
-    assert all(len(piece.text) > pieces.PIECE for piece in found[:-1])
+    assert all(len(piece.text) <= 2 * document_pieces.PIECE for piece in found)
+    assert all(len(piece.text) > document_pieces.PIECE for piece in found[:-1])
 
 
 @given(LETTERS, st.lists(st.integers(1, 40), min_size=1), st.sampled_from([None, "\n\n", "b.", "a", "a\nb", "ab."]))
@@ -55,7 +55,7 @@ def test_blocks_do_not_show(text, sizes, separator):
 
 
 def test_a_separator_that_is_still_being_read_is_not_cut():
-    blocks = ["x" * (2 * pieces.PIECE - 1) + "ab", ".yy"]
+    blocks = ["x" * (2 * document_pieces.PIECE - 1) + "ab", ".yy"]
     assert documents(cut_blocks(blocks, "ab.")) == [blocks[0][:-2], "yy"]
 
 

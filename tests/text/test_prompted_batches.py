@@ -9,7 +9,7 @@ from calm.errors import UsageError
 from calm.text.batches import Batches
 from calm.text.chunking import chunk_prompt
 from calm.text.prepare import prepare
-from calm.text.prompted import PromptedBatches
+from calm.text.prompted_batches import PromptedBatches
 from calm.text.shards import open_data
 from calm.text.tokenizer import ByteTokenizer
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from calm.errors import UsageError
 from calm.text import python_docs
-from calm.text.corpus import open_source
+from calm.text.sources import open_source
 from calm.text.splits import FEW, SplitPlan, _uniform, make_plan
 
 
@@ -103,7 +103,7 @@ def test_what_is_not_text_is_named_in_one_line(tmp_path, name, content, message)
 
 
 def test_the_offset_of_a_bad_byte_counts_across_blocks(tmp_path, monkeypatch):
-    monkeypatch.setattr("calm.text.files._BLOCK", 5)
+    monkeypatch.setattr("calm.text.files.BLOCK", 5)
     path = tmp_path / "a.txt"
     path.write_bytes("abcdé fgh".encode() + b"\xff")  # é lies across the border
     with pytest.raises(UsageError, match="0xff at offset 10"):

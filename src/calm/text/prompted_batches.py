@@ -1,8 +1,10 @@
-"""Training batches of prompts and responses: what generation will see, and the loss on responses alone.
+"""Training batches of prompts and responses, laid out as in generation, with the loss on responses alone.
+
+Axis letters: B rows of a batch, T tokens of a row, R rows.
 
 Every document is laid out as generation lays it out: begin ids where they are needed, so that the prompt ends on a chunk
-boundary; the prompt; the response and its end id; end ids up to the next boundary. A row starts at a document and goes on with
-those after it until it is full. Begin ids and prompts come as complements `~id`, negative numbers: they are read and not
+boundary; the prompt; the response and its end id; end ids up to the next boundary. A row starts at a document and continues
+with those after it until it is full. Begin ids and prompts come as complements `~id`, negative numbers: they are read and not
 predicted.
 
 Row r of batch b is a function of (seed, b, r) alone, like those of `calm.text.batches`.
@@ -20,7 +22,7 @@ from calm.text.shards import Split
 
 
 class PromptedBatches(Batches):
-    """An endless iterator of int32 [B T]; negative entries are complements of ids that only condition.
+    """Endless iterator of int32 [B T]; negative entries are complements of ids that are only conditioned on.
 
     Arguments as for `Batches`. Every document begins a row once in as many rows as there are documents; a prompt longer than
     half a row is cut in front, where only memory is lost.
@@ -38,7 +40,7 @@ class PromptedBatches(Batches):
 
     @property
     def epoch(self) -> float:
-        """How often every document has begun a row."""
+        """Number of times that every document has begun a row, in fractions."""
         return self._step * self._batch_size / len(self._split.documents)
 
     def __getitem__(self, step: int) -> Int[np.ndarray, "B T"]:
@@ -47,7 +49,7 @@ class PromptedBatches(Batches):
         return np.stack([self._row(document) for document in first])
 
     def in_order(self, count: int) -> Int[np.ndarray, "R T"]:
-        """At most `count` rows that begin at the first document and each go on behind the last whole one: for evaluation."""
+        """At most `count` rows in the order of the documents, for evaluation; each begins after the last whole one before."""
         rows, document = [], 0
         while document < len(self._split.documents) and len(rows) < count:
             rows.append(self._row(document))
@@ -65,7 +67,7 @@ class PromptedBatches(Batches):
         return np.concatenate(parts)[: self._num_tokens]
 
     def _bounds(self, document: int) -> tuple[int, int, int]:
-        """First token, tokens and tokens of the prompt, the prompt cut in front to half a row."""
+        """First token, number of tokens and number of prompt tokens; a prompt above half a row is cut in front."""
         starts, prompts = self._split.documents, self._split.prompts
         assert prompts is not None
         begin = int(starts[document])

@@ -1,7 +1,7 @@
-"""Token shards while they are being written: whatever happens, what the journal counts is on the disk.
+"""Token shards while they are being written: whatever happens, everything that the journal counts is on the disk.
 
 A shard grows as `NAME.bin.part` and gets its name when it is full. `flush` puts everything on the disk and returns counts; a
-writer made from those counts cuts off whatever a killed run wrote behind them, so the bytes do not depend on interruptions.
+writer made from those counts cuts off whatever a killed run wrote after them, so the bytes do not depend on interruptions.
 """
 
 import os
@@ -13,30 +13,17 @@ import numpy as np
 from jaxtyping import Int
 
 from calm.errors import UsageError
-from calm.text.shards import JOURNAL
-
-
-def write_whole(path: Path, content: str) -> None:
-    """A small file, whole or not at all, and on the disk when this returns."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with temporary.open("w", encoding="utf-8", newline="\n") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
+from calm.text.manifest import JOURNAL, MANIFEST, TOKENIZER
+from calm.text.shards import checksum
 
 
 def remove_prepared(folder: Path, names: Sequence[str]) -> None:
-    """What preparing writes, of splits of these names, and nothing else."""
+    """Removes all that preparing writes for splits of these names, and nothing else."""
     for name in names:
         for pattern in (f"{name}-[0-9]*.bin", f"{name}.bin.part", f"{name}.documents.*", f"{name}.prompts.*"):
             for path in folder.glob(pattern):
                 path.unlink()
-    for name in ("manifest.json", "tokenizer.json", JOURNAL):
+    for name in (MANIFEST, TOKENIZER, JOURNAL):
         (folder / name).unlink(missing_ok=True)
 
 
@@ -51,9 +38,9 @@ class SplitWriter:
     """Appends the documents of one split.
 
     Args:
-      end_id: goes behind every document.
+      end_id: written after every document.
       prompts: also writes how many tokens of each document are its prompt.
-      counts: what `flush` returned when the run that goes on here was interrupted.
+      counts: what `flush` returned before the run that is continued here was interrupted.
     """
 
     def __init__(
@@ -75,6 +62,7 @@ class SplitWriter:
         self.open = counts["open"]  # a document that has not ended yet
         self.prompts = prompts
         self.prompt, self.prompt_tokens = counts.get("prompt", 0), counts.get("prompt_tokens", 0)  # of that one, and of all
+        self.checksums: dict[str, str] = dict(counts.get("checksums", {}))  # of files that are complete
         self._starts: list[int] = []
         self._lengths: list[int] = []
         self._cut_back()
@@ -83,7 +71,7 @@ class SplitWriter:
         self._prompts_file = self._prompts_path.open("ab") if prompts else None
 
     def append(self, ids: Int[np.ndarray, "T"], num_bytes: int, last: bool, prompt: bool = False) -> None:
-        """The next piece of the present document, or the first of a new one; pieces of its prompt come first."""
+        """Appends the next piece of the present document, or the first of a new one; pieces of its prompt come first."""
         if not self.open:
             if not len(ids):
                 return
@@ -97,6 +85,7 @@ class SplitWriter:
             self.end_document()
 
     def end_document(self) -> None:
+        """Ends the present document, if there is one."""
         if self.open:
             self._put(self._end)
             self._lengths.append(self.prompt)
@@ -104,7 +93,7 @@ class SplitWriter:
             self.open, self.prompt = False, 0
 
     def flush(self) -> dict[str, Any]:
-        """Everything on the disk; what it amounts to."""
+        """Brings everything onto the disk and returns the counts from which another writer can continue."""
         self._starts_file.write(np.array(self._starts, "<u8").tobytes())
         if self._prompts_file is not None:
             self._prompts_file.write(np.array(self._lengths, "<u8").tobytes())
@@ -114,20 +103,22 @@ class SplitWriter:
                 file.flush()
                 os.fsync(file.fileno())
         counts = {"tokens": self.tokens, "documents": self.documents, "bytes": self.bytes, "open": self.open}
+        counts["checksums"] = dict(self.checksums)
         return counts | ({"prompt": self.prompt, "prompt_tokens": self.prompt_tokens} if self.prompts else {})
 
     def close(self) -> None:
+        """Closes the files as they are."""
         for file in (self._starts_file, self._prompts_file, self._file):
             if file is not None:
                 file.close()
 
     def finish(self) -> dict[str, Any]:
-        """Gives the last shard its name, writes the documents' starts; returns the manifest's entry."""
+        """Names the last shard, writes the documents' starts, and returns the manifest's entry."""
         self.end_document()
         self.flush()
         self.close()
         if self._part.exists():
-            os.replace(self._part, self._shard(self.tokens // self.shard_tokens))
+            self._complete(self._part, self._shard(self.tokens // self.shard_tokens))
         if not self.tokens:
             return {"documents": 0, "tokens": 0, "bytes": 0, "shards": {}}
         for path in (self._starts_path, *([self._prompts_path] if self.prompts else [])):
@@ -136,17 +127,14 @@ class SplitWriter:
                 np.save(file, np.memmap(path, "<u8", mode="r"))
                 file.flush()
                 os.fsync(file.fileno())
-            os.replace(temporary, path.with_suffix(".npy"))
+            self._complete(temporary, path.with_suffix(".npy"))
         sizes = [self.shard_tokens] * (self.tokens // self.shard_tokens)
         sizes += [self.tokens % self.shard_tokens] if self.tokens % self.shard_tokens else []
         shards = {self._shard(index).name: size for index, size in enumerate(sizes)}
+        for name in set(shards) - set(self.checksums):  # completed by a version that took none
+            self.checksums[name] = checksum(self.folder / name)
         counts = {"documents": self.documents, "tokens": self.tokens, "bytes": self.bytes, "shards": shards}
         return counts | ({"prompt_tokens": self.prompt_tokens} if self.prompts else {})
-
-    def clean_up(self) -> None:
-        """Removes what only a run that goes on would need; called when the manifest stands."""
-        self._starts_path.unlink(missing_ok=True)
-        self._prompts_path.unlink(missing_ok=True)
 
     # -- files --------------------------------------------------------------------------------------------------------
 
@@ -165,10 +153,15 @@ class SplitWriter:
                 os.fsync(self._file.fileno())
                 self._file.close()
                 self._file = None
-                os.replace(self._part, self._shard(self.tokens // self.shard_tokens - 1))
+                self._complete(self._part, self._shard(self.tokens // self.shard_tokens - 1))
+
+    def _complete(self, part: Path, path: Path) -> None:
+        """Gives a complete file its name and takes its checksum."""
+        os.replace(part, path)
+        self.checksums[path.name] = checksum(path)
 
     def _cut_back(self) -> None:
-        """Brings the folder back to what the counts say; a shard that was finished later will be written over."""
+        """Cuts the files back to the counts; a shard that was completed after them will be written over."""
         full, rest = divmod(self.tokens, self.shard_tokens)
         present = self._shard(full)
         if present.exists():  # it was completed after the counts were taken
