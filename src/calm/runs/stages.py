@@ -12,18 +12,19 @@ import jax
 import numpy as np
 
 from calm import config as configuration
-from calm.core import generate
 from calm.core.autoencoder import Autoencoder, AutoencoderConfig
 from calm.core.brier_lm import TextProtocol
 from calm.core.dense import Precision
+from calm.core.generate import generate
 from calm.core.latent_lm import LatentLM, LatentLMConfig
 from calm.core.objective import AutoencoderLossConfig, AutoencoderObjective, LatentLossConfig, LatentObjective
 from calm.core.predictor import NextVector, Predictor
 from calm.core.sampler import PlainSampler, Sampler
 from calm.core.temperature import BatchTemperature
 from calm.errors import UsageError
-from calm.evaluate.blocks import evaluate_autoencoder, text_protocol
+from calm.evaluate.blocks import text_protocol
 from calm.evaluate.brier import evaluate_predictor
+from calm.evaluate.reconstruction import evaluate_autoencoder
 from calm.rng import row_keys, stream
 from calm.runs.folders import export_autoencoder, load_exported_autoencoder
 from calm.runs.init_from import StartingPoint, open_exported, readable

@@ -18,7 +18,7 @@ import numpy as np
 from flax import nnx
 
 from calm.errors import UsageError
-from calm.evaluate.blocks import score_ngram
+from calm.evaluate.closed_form import score_ngram
 from calm.evaluate.ngram import fit_ngrams
 from calm.evaluate.tables import table
 from calm.hybrid.taps import Tap, mask_paths, replace_controller, shuffle_input, tapped
