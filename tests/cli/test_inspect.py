@@ -60,6 +60,20 @@ def test_a_frontier_is_decoded_as_suits_the_model(tiny_runs, monkeypatch):
     assert tiny.run(*words, "--decoding", "argmax")["frontier"]["protocol"]["decoding"] == "argmax"
 
 
+def test_export_takes_the_best_checkpoint_and_says_so(tiny_runs, tmp_path, capsys):
+    import numpy as np
+
+    from calm.cli import main
+    from calm.runs import bundle
+
+    assert main(["export", "--help"]) == 0
+    help_text = " ".join(capsys.readouterr().out.split())
+    assert "best checkpoint" in help_text and "newest" not in help_text
+    tiny.run("export", str(tiny_runs / "lm"), "--out", str(tmp_path / "export"))
+    exported, run = bundle.load(tmp_path / "export"), bundle.load(tiny_runs / "lm")
+    np.testing.assert_array_equal(exported.encode("The cat sees."), run.encode("The cat sees."))
+
+
 def test_diagnose_names_the_codec_of_a_model_that_was_hardly_trained(tiny_runs, tmp_path):
     out = tmp_path / "found.json"
     found = tiny.run("diagnose", str(tiny_runs / "lm"), "--max-tokens", "800", "--candidates", "4", "--out", str(out))

@@ -2,8 +2,8 @@
 
 Both are scored after the true text before the chunk: in nats, CALM by the likelihood of the chunk averaged over S latents (a
 bound, `calm.evaluate.likelihood`), the token model exactly; and by Brier-1..4 of the tokens that come
-(`calm.evaluate.brier`). A model that lets a router choose by the text before the chunk has, at that chunk, the score of the model chosen: so the scores of
-every threshold follow from one pass of both, without sampling anew.
+(`calm.evaluate.brier`). A model that lets a router choose by the text before the chunk has, at that chunk, the score of the
+model chosen: so the scores of every threshold follow from one pass of both, without sampling anew.
 """
 
 import dataclasses
