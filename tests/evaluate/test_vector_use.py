@@ -120,6 +120,10 @@ def test_a_decoder_that_needs_its_vector_pays_for_any_other():
     entropy = -(shares * np.log(shares)).sum()
     assert 0.6 * entropy < use.written_rate.estimate < min(entropy, math.log(16))
     assert 0 < use.rate.estimate < K * math.log(V)
+    scalars = use.scalars()
+    assert scalars["vector_rate"] == pytest.approx(use.rate.estimate)
+    assert scalars["vector_cost"] == pytest.approx(costs["foreign"].estimate)
+    assert scalars["written_rate"] == pytest.approx(use.written_rate.estimate)
 
 
 def test_sums_equal_a_plain_computation_and_do_not_depend_on_the_batch():

@@ -173,12 +173,14 @@ class VectorUse:
         return "decoder without a vector" if gain < UNUSED else "vectors without text"
 
     def scalars(self) -> dict[str, float]:
-        """The estimates alone: for a table of another report."""
-        own = self._column("own")
-        means = self.sums.means / self.protocol.chunk_size
-        nats = {f"nats_{kind}": float(means[self._column(kind)]) for kind in KINDS}
-        cost = {"vector_cost": float(means[self._column("foreign")] - means[own])}
-        return nats | cost | {"vector_rate": self.rate.estimate, "written_rate": self.written_rate.estimate}
+        """The estimates alone, without the bootstrap: for a table of another report."""
+        size, means = self.protocol.chunk_size, self.sums.means
+        nats = {kind: float(means[self._column(kind)]) / size for kind in KINDS}
+        return {f"nats_{kind}": value for kind, value in nats.items()} | {
+            "vector_cost": nats["foreign"] - nats["own"],
+            "vector_rate": size * max(0.0, min(nats["foreign"], nats["zero"]) - nats["own"]),
+            "written_rate": float(means[-1]),
+        }
 
     def to_dict(self) -> dict[str, Any]:
         return {
