@@ -21,7 +21,6 @@ ROOMS = (
 # Imports against the direction that the registry of configurations will remove.
 PENDING = {
     ("evaluate/brier.py", "token"),
-    ("evaluate/text_quality.py", "token"),
     ("runs/bundle.py", "interop"),
     ("runs/folders.py", "interop"),
     ("runs/init_from.py", "interop"),
@@ -84,9 +83,9 @@ def test_the_room_reader_sees_every_form_of_import(source, layers):
     assert imported_rooms(PACKAGE / "train" / "steps.py", source) == layers
 
 
-def test_no_file_over_400_lines():
+def test_no_file_over_500_lines():
     files = [file for folder in ("src", "tests", "benchmarks", "examples") for file in (ROOT / folder).rglob("*.py")]
-    long = {str(file.relative_to(ROOT)): count for file in files if (count := len(file.read_text().splitlines())) > 400}
+    long = {str(file.relative_to(ROOT)): count for file in files if (count := len(file.read_text().splitlines())) > 500}
     assert not long, long
 
 

@@ -14,8 +14,9 @@ import numpy as np
 
 from calm.errors import CalmError
 from calm.rng import stream
-from calm.train.loop import TrainConfig, TrainResult, train
+from calm.train.loop import TrainResult, train
 from calm.train.optim import OptimizerConfig
+from calm.train.settings import TrainConfig
 
 VOCAB, DIM = 16, 8
 STEPS, SAVE_EVERY = 24, 5

@@ -7,7 +7,7 @@ import pytest
 
 import tiny
 from calm.errors import UsageError
-from calm.evaluate.loss_curves import LossCourse
+from calm.evaluate.loss_curves import LossCurves
 from calm.train.run_folder import RunFolder
 from calm.train.tracker import RunTrackers
 
@@ -46,7 +46,7 @@ def write_run(folder, *, gate: bool = True):
 
 
 def test_the_course_has_the_names_and_shapes_that_it_says(tmp_path):
-    course = LossCourse.read(write_run(tmp_path / "run"))
+    course = LossCurves.read(write_run(tmp_path / "run"))
     course.save(tmp_path / "run.npz")
     with np.load(tmp_path / "run.npz", allow_pickle=False) as file:
         arrays = dict(file)
@@ -66,14 +66,14 @@ def test_the_course_has_the_names_and_shapes_that_it_says(tmp_path):
 
 
 def test_what_a_run_does_not_have_is_left_out(tmp_path):
-    course = LossCourse.read(write_run(tmp_path / "run", gate=False))
+    course = LossCurves.read(write_run(tmp_path / "run", gate=False))
     assert not {name for name in course.arrays if "gate" in name}
     course.plot(tmp_path / "run.png")
     (tmp_path / "run" / "metrics.jsonl").write_text(record(0, "train", loss=1.0))
     with pytest.raises(UsageError, match="metrics.jsonl: holds no fidelity; name a language model's run"):
-        LossCourse.read(tmp_path / "run")
+        LossCurves.read(tmp_path / "run")
     with pytest.raises(UsageError, match="metrics.jsonl: No such file"):
-        LossCourse.read(tmp_path)
+        LossCurves.read(tmp_path)
 
 
 @pytest.mark.slow

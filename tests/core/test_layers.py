@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from calm.core.attention import CausalAttention, Window
+from calm.core.attention import CausalAttention
+from calm.core.mixer import Window
 from calm.core.mlp import ResidualSwiGLU, SwiGLU
 from calm.core.rotary import rotate
 from random_models import Layer, normal, random_model

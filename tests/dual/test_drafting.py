@@ -12,8 +12,8 @@ from flax import nnx
 from calm.core.generate import SpecialIds, generate
 from calm.core.predictor import NextVector
 from calm.core.steps import Model, prepare
-from calm.dual.drafting import Drafting, Work, alone, cost, draft
-from calm.dual.speculation import Proposer, Speculation, uniforms_of
+from calm.dual.drafting import Work, alone, cost, draft
+from calm.dual.speculation import Drafting, Proposer, Speculation, uniforms_of
 from calm.errors import UsageError
 from calm.hybrid.backbone import HybridConfig
 from calm.rng import row_keys, stream

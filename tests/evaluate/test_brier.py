@@ -15,9 +15,9 @@ from calm.core.predictor import NextVector
 from calm.core.transformer import TransformerConfig
 from calm.decoders.context_decoder import ContextDecoderConfig
 from calm.errors import UsageError
-from calm.evaluate.blocks import evaluate_world, score_ngram
 from calm.evaluate.boundaries import boundaries, phases_of
 from calm.evaluate.brier import evaluate_predictor
+from calm.evaluate.closed_form import evaluate_world, score_ngram
 from calm.evaluate.ngram import fit_ngrams
 from calm.rng import stream
 from calm.token.model import TokenLMConfig

@@ -17,9 +17,10 @@ from calm.core.latent_lm import LatentLMConfig
 from calm.core.predictor import NextVector
 from calm.core.transformer import TransformerConfig
 from calm.errors import UsageError
-from calm.evaluate.blocks import evaluate_autoencoder, evaluate_ngrams, score_ngram
 from calm.evaluate.brier import evaluate_predictor
+from calm.evaluate.closed_form import evaluate_ngrams, score_ngram
 from calm.evaluate.ngram import exact_brier, fit_ngrams
+from calm.evaluate.reconstruction import evaluate_autoencoder
 from calm.evaluate.scores import BrierReport, compare
 from calm.rng import stream
 

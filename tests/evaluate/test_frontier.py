@@ -10,8 +10,7 @@ import pytest
 import tiny
 from calm.core.laws import batch_law
 from calm.errors import UsageError
-from calm.evaluate.frontier import FrontierOptions
-from calm.evaluate.sampling_frontier import frontier
+from calm.evaluate.frontier import FrontierOptions, frontier
 
 P = np.array([0.4, 0.3, 0.2, 0.1])
 CHUNKS = np.array([[0, 5], [0, 6], [1, 5], [2, 5]])  # the first two share their first token

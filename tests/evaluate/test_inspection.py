@@ -11,8 +11,7 @@ from flax import nnx
 from calm.core.autoencoder import AutoencoderConfig
 from calm.core.gaussian import Gaussian
 from calm.errors import UsageError
-from calm.evaluate.geometry import covariance, effective_rank, participation_ratio
-from calm.evaluate.inspect import inspect_autoencoder
+from calm.evaluate.inspection import covariance, effective_rank, inspect_autoencoder, participation_ratio
 from random_models import random_model
 
 V, K, Z = 11, 4, 6

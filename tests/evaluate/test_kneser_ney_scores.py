@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from calm.errors import UsageError
-from calm.evaluate.blocks import evaluate_ngrams
+from calm.evaluate.closed_form import evaluate_ngrams
 from calm.evaluate.kneser_ney import KneserNey
 from calm.evaluate.kneser_ney_scores import evaluate_kneser_ney, fit_kneser_ney, score_history_model
 from calm.evaluate.ngram_counts import count_ngrams

@@ -10,7 +10,8 @@ from calm.core.brier_lm import Protocol, TextProtocol
 from calm.core.intervals import BlockSums, Interval
 from calm.errors import UsageError
 from calm.evaluate.plots import brier_bars, noise_curves, read_metrics, training_curves
-from calm.evaluate.scores import AutoencoderReport, BrierReport, NoisyAccuracy, brier_table
+from calm.evaluate.reconstruction import AutoencoderReport, NoisyAccuracy
+from calm.evaluate.scores import BrierReport, brier_table
 from calm.evaluate.tables import interval_text, table
 
 TEXT = TextProtocol(dataset="toy", sha256="0" * 64, split="valid", tokenizer="t", block_tokens=1024, chunk_size=4)

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from calm.core.mixer import Window
+from calm.core.mixer import LayerInputs, Window
 from calm.core.transformer import TransformerConfig
 from calm.core.unrolled import unrolled, unstack
 from calm.errors import UsageError
-from calm.hybrid.gates import Beside, GatedMixer
+from calm.hybrid.gates import GatedMixer
 from hybrid_models import CONFIGS, DIM, EVERY, SIZES, begun, built, hidden, read, whole
 from jaxpr_flops import matmul_flops
 
@@ -136,7 +136,7 @@ def test_the_gated_mixer_is_the_mean_of_its_paths_under_its_shares():
             found[name] = value
             return value
 
-        return mixer(HIDDEN, None, window, Beside(tap, bias))[0], found
+        return mixer.mix(HIDDEN, None, window, LayerInputs(tap, bias))[0], found
 
     mixed, found = run(mixer, None)
     shares, bias = found["gate"], hidden(BATCH, LENGTH, seed=3)[..., :2]

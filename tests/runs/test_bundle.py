@@ -11,7 +11,7 @@ import calm
 import tiny
 from calm.core.objective import LatentObjective
 from calm.errors import UsageError
-from calm.evaluate.blocks import score_ngram
+from calm.evaluate.closed_form import score_ngram
 from calm.evaluate.ngram import fit_ngrams
 from calm.runs.stages import load_run_config, train_lm, validation_blocks
 from calm.text.shards import open_data

@@ -16,10 +16,10 @@ from calm.core.latent_lm import LatentLMConfig
 from calm.core.objective import LatentObjective
 from calm.core.predictor import NextVector
 from calm.core.transformer import TransformerConfig
-from calm.evaluate.blocks import evaluate_autoencoder
-from calm.evaluate.inspect import inspect_autoencoder
+from calm.evaluate.inspection import inspect_autoencoder
 from calm.evaluate.likelihood import evaluate_likelihood
 from calm.evaluate.ngram import Unigram
+from calm.evaluate.reconstruction import evaluate_autoencoder
 from calm.heads.diffusion import DiffusionHeadConfig
 from calm.heads.flow import FlowHeadConfig
 from calm.heads.mixture import MixtureHeadConfig

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from calm import config
-from calm.evaluate.loss_curves import LossCourse
+from calm.evaluate.loss_curves import LossCurves
 from calm.hybrid.hopfield import HopfieldConfig
 from calm.runs import presets
 from calm.studies import catalogue as studies
@@ -92,7 +92,7 @@ def test_the_table_has_the_parts_at_the_checkpoint_that_is_scored(tiny_runs, tmp
     (result,) = found["results"]
     folder = tmp_path / "rf" / "seed-0"
     best = json.loads((folder / "best.json").read_text())["step"]
-    arrays = LossCourse.read(folder).arrays
+    arrays = LossCurves.read(folder).arrays
     at = list(arrays["valid_step"]).index(best)
     assert result["rf_loss"] == arrays["valid_rf_loss"][at] and result["d_fid"] == arrays["valid_d_fid"][at]
     assert 0 < result["gate_mean"] < 1 and "gate_mean" in (tmp_path / "losses.md").read_text()

@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 from calm.core.transformer import TransformerConfig
-from calm.evaluate.geometry import effective_rank
+from calm.evaluate.inspection import effective_rank
 from calm.token.collapse import collapse_measures
 from calm.token.model import TokenLMConfig
 from calm.token.objective import TokenObjective

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from toy_training import CONFIG_TEXT, ToyBatches, ToyObjective, run
 
 from calm.errors import CalmError, DivergedError, Preempted, UsageError
-from calm.train.loop import TrainConfig, settle_precision
 from calm.train.matrix_rate import MatrixRates
 from calm.train.run_folder import best_step, read_records
+from calm.train.settings import TrainConfig, settle_precision
+from toy_training import CONFIG_TEXT, ToyBatches, ToyObjective, run
 
 
 @pytest.fixture(scope="module")

@@ -20,8 +20,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from calm.cli.allocator import restart_with_huge_pages
-from calm.config import suggestion
 from calm.errors import CalmError, UsageError
+from calm.registry import suggestion
 
 
 class Verb(NamedTuple):

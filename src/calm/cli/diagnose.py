@@ -7,12 +7,14 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from calm.errors import UsageError
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Diagnose:
-    """Goes the way from text to text stage by stage, on held-out text, and names the first stage that fails.
+    """Follows a model from text to text stage by stage, on held-out text, and names the first stage that fails.
 
-    codec round trip, head mean on true prefixes, one sample, voted sample, prompt alignment, free running
+    codec round trip, head mean on true prefixes, vector use, one sample, voted sample, prompt alignment, free running
     """
 
     folder: Annotated[str, tyro.conf.Positional]
@@ -29,6 +31,8 @@ class Diagnose:
     """Samples at every position."""
     candidates: int = 100
     """Draws that vote at T = 1/2."""
+    vector_tokens: int = 8 * 1024
+    """Tokens on which it is measured whether the decoder uses its vector; 0 = not at all, and that stage is left out."""
     seed: int = 0
     out: str | None = None
     """Also write the stages as JSON to this file."""
@@ -36,17 +40,20 @@ class Diagnose:
     def run(self) -> Any:
         from calm.cli import plain
         from calm.runs import bundle
-        from calm.runs import measure as examine
+        from calm.runs.evaluation import find_failure, vector_use
 
-        found = examine.faults(
-            bundle.load(self.folder),
+        if self.vector_tokens < 0:
+            raise UsageError(f"vector_tokens must be at least 0, got {self.vector_tokens}")
+        model = bundle.load(self.folder)
+        options: dict[str, Any] = dict(split=self.split, decoding=self.decoding, num_samples=self.num_samples, seed=self.seed)
+        vector = vector_use(model, self.data, max_tokens=self.vector_tokens, **options) if self.vector_tokens else None
+        found = find_failure(
+            model,
             self.data,
-            split=self.split,
             max_tokens=self.max_tokens,
-            decoding=self.decoding,
-            num_samples=self.num_samples,
             candidates=self.candidates,
-            seed=self.seed,
+            vector=vector,
+            **options,
         )
         if self.out is not None:
             Path(self.out).write_text(json.dumps(plain(found), indent=2) + "\n", encoding="utf-8")

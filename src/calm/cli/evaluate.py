@@ -12,7 +12,9 @@ from calm.errors import UsageError
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Evaluate:
-    """Scores a run on held-out text: reconstruction for an autoencoder; also BrierLM with its interval for a language model."""
+    """Scores a run on held-out text: reconstruction for an autoencoder; also BrierLM and the use of the vector for a language
+    model.
+    """
 
     folder: Annotated[str, tyro.conf.Positional]
     """The run folder."""
@@ -35,13 +37,16 @@ class Evaluate:
     """Also bound the likelihood by this many samples of the latent (64, or up to 1024 on little text); 0 = no."""
     bound_tokens: int = 16 * 1024
     """Tokens on which it is bounded: each costs as much as all its samples."""
+    vector_tokens: int = 8 * 1024
+    """Tokens on which it is measured whether the decoder uses its vector, under vectors of other text, zero and the true one;
+    0 = not at all."""
     stride: int = 0
     """Of a token model: also score the whole split under a window that moves by so many tokens, as perplexities are published
     (half the training length is usual); 0 = no."""
     samples: int = 0
     """Let the model write this many continuations of held-out prompts, and score them too; 0 = none."""
     judge: str | None = None
-    """Run or export of an independent token model, which then says what each byte of these texts costs it."""
+    """Run or export of an independent token model, which then judges these texts by the bits that each byte costs it."""
     sample_tokens: int = 128
     """The most tokens of a continuation."""
     sample_temperature: str = "1"
@@ -54,11 +59,12 @@ class Evaluate:
         from calm.cli import plain
         from calm.evaluate.scores import compare
         from calm.runs import bundle
-        from calm.runs import measure as examine
-        from calm.runs.writing import as_judge, score_writing
+        from calm.runs.evaluation import as_judge, cost, likelihood_bound, score_writing, sliding_window, vector_use
 
         if self.judge is not None and not self.samples:
             raise UsageError("--judge reads continuations: say how many with --samples")
+        if self.vector_tokens < 0:
+            raise UsageError(f"vector_tokens must be at least 0, got {self.vector_tokens}")
         model = bundle.load(self.folder)
         judge = None if self.judge is None else bundle.load(self.judge)
         if judge is not None:
@@ -66,10 +72,10 @@ class Evaluate:
         likelihood: dict[str, Any] = {}
         if self.bound:
             options: dict[str, Any] = dict(split=self.split, max_tokens=self.bound_tokens, seed=self.seed)
-            likelihood["bound"] = examine.likelihood_bound(model, self.data, num_samples=self.bound, **options)
+            likelihood["bound"] = likelihood_bound(model, self.data, num_samples=self.bound, **options)
         if self.stride:
             options = dict(split=self.split, max_tokens=self.max_tokens, seed=self.seed)
-            likelihood["sliding"] = examine.sliding_window(model, self.data, stride=self.stride, **options)
+            likelihood["sliding"] = sliding_window(model, self.data, stride=self.stride, **options)
         scores = likelihood | model.evaluate(
             self.data,
             split=self.split,
@@ -80,9 +86,15 @@ class Evaluate:
             noise=self.noise,
             seed=self.seed,
         )
+        name = model.name
         if "lm" in scores:
+            if self.vector_tokens:
+                options = dict(split=self.split, max_tokens=self.vector_tokens, num_samples=self.num_samples, seed=self.seed)
+                scores["vector"] = vector_use(model, self.data, decoding=self.decoding, **options)
+                name = scores["vector"].label or name
+            scores["lm"] = dataclasses.replace(scores["lm"], name=name)
             scores["against_bigram"] = compare(scores["lm"], scores["bigram"])
-        inference, training = examine.cost(model)
+        inference, training = cost(model)
         scores["flops"] = {"inference": inference, "training": training}
         if self.samples:
             scores["writing"] = score_writing(
@@ -95,6 +107,7 @@ class Evaluate:
                 temperature=self.sample_temperature,
                 decoding=self.decoding,
                 seed=self.seed,
+                name=name,
             )
         if self.out is not None:
             Path(self.out).write_text(json.dumps(plain(scores), indent=2) + "\n", encoding="utf-8")
@@ -110,6 +123,8 @@ class Evaluate:
                 brier_table([scores[name] for name in ("world", "lm", "bigram", "unigram") if name in scores]),
                 scores["against_bigram"].table(),
             ]
+        if "vector" in scores:
+            parts.append(scores["vector"].table())
         if "sliding" in scores:
             parts.append(scores["sliding"].table())
         if "bound" in scores:

@@ -9,7 +9,7 @@ import tyro
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Export:
-    """Writes the newest checkpoint of a run as safetensors with config.json, tokenizer.json and a model card; never pickle."""
+    """Writes the best checkpoint of a run as safetensors with config.json, tokenizer.json and a model card; never pickle."""
 
     folder: Annotated[str, tyro.conf.Positional]
     """The run folder."""

@@ -10,7 +10,7 @@ import tyro
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Frontier:
-    """Sweeps the batch sampler on held-out text: how often it writes what stands there, and how often it agrees with itself."""
+    """Sweeps the batch sampler on held-out text: how often it writes the true chunk, and how often two of its choices agree."""
 
     folder: Annotated[str, tyro.conf.Positional]
     """The run folder of a language model."""
@@ -26,33 +26,29 @@ class Frontier:
     """Temperatures above 0."""
     candidates: tuple[int, ...] = (10, 50, 200)
     """Numbers of draws to choose among."""
-    decoding: Literal["argmax", "drawn"] = "argmax"
-    """How a latent becomes tokens."""
+    decoding: Literal["argmax", "drawn"] | None = None
+    """How a latent becomes tokens: the decoder's argmax, or drawn from its softmax; by default what suits the model."""
     seed: int = 0
     out: str | None = None
     """A folder for frontier.json and frontier.png; without it, nothing is written."""
 
     def run(self) -> dict[str, Any]:
-        import jax
-
         from calm.cli import plain
-        from calm.evaluate.blocks import text_protocol
-        from calm.evaluate.frontier import FrontierOptions, measure_frontier
-        from calm.evaluate.frontier_report import frontier_curves
+        from calm.evaluate.frontier import frontier_curves
         from calm.runs import bundle
-        from calm.runs.stages import validation_blocks
-        from calm.text.shards import open_data
-        from calm.text.tokenizer import require_same_tokenizer
+        from calm.runs.evaluation import sweep_frontier
 
-        options = FrontierOptions(
-            temperatures=self.temperatures, sizes=self.candidates, positions=self.positions, decoding=self.decoding
+        report = sweep_frontier(
+            bundle.load(self.folder),
+            self.data,
+            split=self.split,
+            max_tokens=self.max_tokens,
+            temperatures=self.temperatures,
+            sizes=self.candidates,
+            positions=self.positions,
+            decoding=self.decoding,
+            seed=self.seed,
         )
-        model = bundle.load(self.folder)
-        predictor, data = model.predictor, open_data(self.data or model.data)
-        require_same_tokenizer(data.tokenizer.fingerprint, model.tokenizer.fingerprint, f"model {self.folder}")
-        blocks, documents = validation_blocks(data, model.block_tokens, self.split, self.max_tokens)
-        text = text_protocol(data, self.split, block_tokens=model.block_tokens, chunk_size=model.chunk_size, seed=self.seed)
-        report = measure_frontier(predictor, blocks, documents, jax.random.key(self.seed), options=options, text=text)
         if self.out is not None:
             out = Path(self.out)
             out.mkdir(parents=True, exist_ok=True)

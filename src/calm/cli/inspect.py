@@ -27,10 +27,10 @@ class InspectAutoencoder:
     def run(self) -> dict[str, Any]:
         from calm.cli import plain
         from calm.runs import bundle
-        from calm.runs import measure as examine
+        from calm.runs.evaluation import inspect_latents
 
         model = bundle.load(self.folder)
-        found = examine.latents(model, self.data, split=self.split, max_tokens=self.max_tokens, seed=self.seed)
+        found = inspect_latents(model, self.data, split=self.split, max_tokens=self.max_tokens, seed=self.seed)
         out = Path(self.out) if self.out is not None else Path(self.folder) / "plots"
         out.mkdir(parents=True, exist_ok=True)
         found.plot(out / "autoencoder.png")
@@ -54,12 +54,12 @@ class InspectLosses:
 
     def run(self) -> dict[str, Any]:
         from calm.errors import UsageError
-        from calm.evaluate.loss_curves import LossCourse
+        from calm.evaluate.loss_curves import LossCurves
 
         out = Path(self.out) if self.out is not None else Path(self.folder) / "plots" / "losses.npz"
         if out.suffix != ".npz":
             raise UsageError(f"--out {out}: name a file that ends in .npz")
-        course = LossCourse.read(self.folder)
+        course = LossCurves.read(self.folder)
         out.parent.mkdir(parents=True, exist_ok=True)
         course.save(out)
         course.plot(out.with_suffix(".png"))

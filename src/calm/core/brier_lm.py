@@ -28,7 +28,6 @@ from calm.core.intervals import BlockSums, Interval, Statistic, bootstrap, paire
 from calm.errors import UsageError
 
 ORDERS = 4
-Decoding = Literal["argmax", "drawn", "exact"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -83,7 +82,7 @@ class Protocol(TextProtocol):
     """
 
     num_samples: int
-    decoding: Decoding
+    decoding: Literal["argmax", "drawn", "exact"]
     boundary_every: int = 4
 
     def __post_init__(self):

@@ -20,11 +20,12 @@ from safetensors.numpy import load_file, save_file
 from calm.core.generate import SpecialIds
 from calm.core.generate import generate as generate_tokens
 from calm.core.predictor import NextVector
-from calm.dual.drafting import Drafting, alone, checked_models, cost, draft, sum_of
+from calm.dual.drafting import alone, checked_models, cost, draft, sum_of
 from calm.dual.router import Router, RouterConfig
 from calm.dual.router_training import SHARES, RouterTraining, measure_routing, score_chunks, thresholds, train_router
 from calm.dual.routing import route
 from calm.dual.routing_report import RoutingReport
+from calm.dual.speculation import Drafting
 from calm.errors import UsageError
 from calm.evaluate.blocks import text_protocol
 from calm.evaluate.flops import next_vector_inference

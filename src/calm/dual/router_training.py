@@ -1,9 +1,9 @@
 """What each of two models makes of every chunk of a text, and a router that learns to foretell the difference.
 
 Both are scored after the true text before the chunk: in nats, CALM by the likelihood of the chunk averaged over S latents (a
-bound, `calm.evaluate.nll_bound`), the token model exactly; and by Brier-1..4 of the tokens that come (`calm.evaluate.brier`). A
-model that lets a router choose by the text before the chunk has, at that chunk, the score of the model chosen: so the scores of
-every threshold follow from one pass of both, without sampling anew.
+bound, `calm.evaluate.likelihood`), the token model exactly; and by Brier-1..4 of the tokens that come
+(`calm.evaluate.brier`). A model that lets a router choose by the text before the chunk has, at that chunk, the score of the
+model chosen: so the scores of every threshold follow from one pass of both, without sampling anew.
 """
 
 import dataclasses

@@ -6,7 +6,7 @@ from typing import Any
 
 from calm.core.brier_lm import TextProtocol
 from calm.core.intervals import Interval
-from calm.evaluate.plots import COLOURS, _figure, _tidy
+from calm.evaluate.plots import COLOURS, new_figure, tidy
 from calm.evaluate.tables import interval_text, table
 
 
@@ -85,7 +85,7 @@ class RoutingReport:
 
 def routing_curves(report: RoutingReport, out: str | os.PathLike[str]) -> None:
     """Nats per token over FLOPs and over steps per token: the router, a coin, an oracle."""
-    figure = _figure(8.4, 3.6)
+    figure = new_figure(8.4, 3.6)
     panels = figure.subplots(1, 2, sharey=True)
     for axes, (name, scale) in zip(panels, (("flops", 1e-6), ("steps", 1.0)), strict=True):
         points = sorted(report.points, key=lambda point: point.share)
@@ -105,6 +105,6 @@ def routing_curves(report: RoutingReport, out: str | os.PathLike[str]) -> None:
         axes.plot(x, [point.coin_nats for point in points], color=COLOURS[1], linestyle="--", label="coin")
         axes.plot(x, [point.oracle_nats for point in points], color=COLOURS[2], linestyle=":", label="oracle")
         label = "MFLOPs per token" if name == "flops" else "steps per token"
-        _tidy(axes, "", label, "nats per token" if name == "flops" else "")
+        tidy(axes, "", label, "nats per token" if name == "flops" else "")
     panels[1].legend(fontsize=8, frameon=False)
     figure.savefig(out)

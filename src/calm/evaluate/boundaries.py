@@ -1,8 +1,8 @@
-"""Which places of a block are scored, and what a model with chunks of K tokens has read when it gets there.
+"""Positions of a block that are scored, and what a model with chunks of K tokens has read before each.
 
 A boundary at t has the tokens 0 .. t-1 of its block as context and is scored on the tokens t .. t+3. Boundaries lie at the
 multiples of `every`, whatever the model, so that models of any K and n-gram models are scored at the same places with the same
-context. A model of chunks gets to t in phase t mod K: its first chunk holds those t mod K tokens behind begin ids, as the first
+context. A model of chunks gets to t in phase t mod K: its first chunk holds those t mod K tokens after begin ids, as the first
 chunk of a prompt does. `every` = 1 runs through all K phases, in which every token becomes a boundary.
 """
 
@@ -16,19 +16,19 @@ from calm.errors import UsageError
 
 
 def boundaries(block_tokens: int, every: int) -> Int[np.ndarray, "A"]:
-    """The multiples of `every` that have a token before them and ORDERS tokens behind them."""
+    """The multiples of `every` that have a token before them and ORDERS tokens after them."""
     if every < 1:
         raise UsageError(f"boundary_every must be at least 1, got {every}")
     found = np.arange(every, block_tokens - ORDERS + 1, every)
     if not len(found):
         raise UsageError(
-            f"blocks of {block_tokens} tokens hold no boundary: they need {every} tokens before and {ORDERS} behind"
+            f"blocks of {block_tokens} tokens hold no boundary: they need {every} tokens before and {ORDERS} after"
         )
     return found
 
 
 def targets_at(tokens: Num[np.ndarray, "B T"], places: Int[np.ndarray, "A"]) -> Num[np.ndarray, "B A O"]:
-    """The tokens behind each boundary, or what stands in their places."""
+    """The entries of `tokens` (ids, or any value per token) at the ORDERS places after each boundary."""
     return tokens[:, places[:, None] + np.arange(ORDERS)]
 
 
@@ -54,7 +54,7 @@ class Phase:
         return (self.places + self.begins) // self.chunk_size
 
     def chunks(self, tokens: Int[np.ndarray, "B T"], begin_id: int) -> Int[np.ndarray, "B N K"]:
-        """What is read. Chunks behind the last boundary may lack tokens; nothing looks at them."""
+        """The chunks to read. Those after the last boundary may lack tokens; nothing looks at them."""
         size = self.length * self.chunk_size
         rows = np.full((len(tokens), size), begin_id, np.int32)
         taken = min(tokens.shape[1], size - self.begins)
@@ -62,7 +62,7 @@ class Phase:
         return rows.reshape(len(tokens), self.length, self.chunk_size)
 
     def next_chunks(self, tokens: Int[np.ndarray, "B T"]) -> Int[np.ndarray, "B A K"]:
-        """The chunk behind each boundary."""
+        """The chunk after each boundary."""
         return tokens[:, self.places[:, None] + np.arange(self.chunk_size)]
 
 

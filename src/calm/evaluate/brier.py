@@ -1,9 +1,9 @@
 """BrierLM of any predictor: sample the next tokens at every boundary, let each sample read what it wrote where a chunk is
 shorter than four tokens, and score.
 
-One pass of the backbone reads the text; the S samples of every boundary then go on as branches that share its keys
-(`calm.nn.Backbone.fork`). Three ways, by what the model knows of itself: a model that has probabilities of tokens is scored
-through them; a latent that is drawn through the decoder's softmax by exact inner products; all else by counting equal samples.
+One pass of the backbone reads the text; the S samples of every boundary then continue as branches that share its keys
+(`calm.core.backbone.Backbone.fork`). A model that has probabilities of tokens is scored through
+them; a latent that is drawn through the decoder's softmax by exact inner products; all else by counting equal samples.
 """
 
 from functools import partial
@@ -15,9 +15,9 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from calm.core.brier_lm import ORDERS, Before, Decoding, TextProtocol, brier_argmax, brier_drawn_from_latents, brier_known
+from calm.core.brier_lm import ORDERS, Before, TextProtocol, brier_argmax, brier_drawn_from_latents, brier_known
 from calm.core.brier_lm import Protocol as BrierProtocol
-from calm.core.chunk_decoder import recent_tokens
+from calm.core.chunk_decoder import DECODINGS, recent_tokens
 from calm.core.energy_score import energy_loss
 from calm.core.predictor import NextVector, Predictor
 from calm.errors import UsageError
@@ -30,7 +30,7 @@ from calm.token.softmax_head import by_row_blocks, draw_places
 
 @runtime_checkable
 class KnownProbabilities(Predictor, Protocol):
-    """A predictor of one token at a time that can say the probability of every token."""
+    """A predictor of one token at a time that gives the probability of every token."""
 
     def logits(self, hidden: Float[Array, "*b D"]) -> Float[Array, "*b V"]: ...
 
@@ -43,7 +43,7 @@ class Places(NamedTuple):
     ends: Int[Array, "A"]
     weight: Float[Array, "A"]
     next_chunks: Int[Array, "B A K"] | None
-    """for the energy loss; none where it is not asked for"""
+    """for the energy loss; None without it"""
 
 
 def evaluate_predictor(
@@ -53,7 +53,7 @@ def evaluate_predictor(
     key: PRNGKey,
     *,
     num_samples: int = 8,
-    decoding: Decoding = "argmax",
+    decoding: str = "argmax",
     boundary_every: int = 4,
     begin_id: int | None = None,
     batch_size: int | None = None,
@@ -79,8 +79,8 @@ def evaluate_predictor(
     """
     chunk_size, block_tokens = predictor.chunk_size, blocks.shape[1]
     text = checked(blocks, document, chunk_size, text)
-    if decoding not in ("argmax", "drawn"):
-        raise UsageError(f"decoding must be argmax or drawn, got {decoding!r}")
+    if decoding not in DECODINGS:
+        raise UsageError(f"decoding must be {' or '.join(DECODINGS)}, got {decoding!r}")
     known = isinstance(predictor, KnownProbabilities)
     protocol = BrierProtocol(
         **text.to_dict(),
@@ -134,7 +134,7 @@ def _score(
     key: PRNGKey,
     *,
     num_samples: int,
-    decoding: Decoding,
+    decoding: str,
     known: bool,
 ) -> tuple[Float[Array, "B O"], Float[Array, "B 1"]]:
     """Sums over the boundaries of each block: Brier-n; and energy, nats or nothing."""
@@ -147,7 +147,7 @@ def _score(
 
 
 def _by_samples(
-    predictor: Any, where: Places, keys: Array, key: PRNGKey, num_samples: int, decoding: Decoding
+    predictor: Any, where: Places, keys: Array, key: PRNGKey, num_samples: int, decoding: str
 ) -> tuple[Float[Array, "B A O"], Float[Array, "B 1"]]:
     batch, length, chunk_size = where.chunks.shape
     later = -(-ORDERS // chunk_size) - 1  # chunks after the first that it takes to have four tokens
@@ -180,7 +180,7 @@ def _by_samples(
             last = jnp.moveaxis(written[..., -chunk_size:], 0, 2).reshape(batch, -1, chunk_size)
             state = predictor.fork(state, where.ends, num_samples, later) if step == 1 else state
             hidden, state = predictor.hidden(last, state)
-            previous = previous if step > 1 else jnp.repeat(previous, num_samples, axis=1)  # as the branches stand
+            previous = previous if step > 1 else jnp.repeat(previous, num_samples, axis=1)  # in the order of the branches
             previous = jnp.concatenate([previous, last], axis=-1)[..., chunk_size:]
             noise = draw(step, (1, hidden.shape[1]))
             latents = samples_first(predictor.lm.head(hidden, noise.latent)[0]) if by_products else None
@@ -206,7 +206,7 @@ def _first_logits(autoencoder: Any, tokens: int) -> Any:
 def _by_probabilities(
     predictor: Any, where: Places, keys: Array, num_samples: int
 ) -> tuple[Float[Array, "B A O"], Float[Array, "B 1"]]:
-    """The text's own tokens by their probabilities, the self-match along continuations drawn from the squared law."""
+    """The text's own tokens by their probabilities, the self-match along continuations drawn from the squared probabilities."""
     batch, length, _ = where.chunks.shape
     count = len(where.ends)
     hidden, state = predictor.hidden(where.chunks, predictor.init_state(batch, length, rewindable=True))
@@ -231,7 +231,7 @@ def _by_probabilities(
     first = jnp.arange(length - 1) >= at[0]
     nats = -(log_probs * first).sum(1, keepdims=True)
 
-    # From the boundary S continuations part, each of which goes on alone.
+    # S continuations part at the boundary, each of which continues alone.
     here, branches, matches = hidden[:, at], 1, []
     for order in range(ORDERS):
         draws = num_samples // branches

@@ -1,4 +1,4 @@
-"""What a model costs, in floating-point operations per token of text: the yardstick on which models are compared.
+"""Cost of a model in floating-point operations per token of text, by one rule for all models.
 
 A multiplication and an addition are two operations, and only matrix products count (XLA's own count of whole programs is at
 most a tenth above). A backward pass costs twice its forward pass. Attention to a context counts in full, masked positions too.
@@ -18,14 +18,14 @@ from typing import Any, Protocol, runtime_checkable
 
 @runtime_checkable
 class NextVectorCost(Protocol):
-    """A language model's configuration (`calm.models.LatentLMConfig`)."""
+    """A language model's configuration (`calm.core.latent_lm.LatentLMConfig`)."""
 
     @property
     def chunk_size(self) -> int: ...
 
     @property
     def context_decoder(self) -> Any:
-        """What writes a chunk in place of the autoencoder's decoder, or None."""
+        """Configuration of the decoder inside the chunk, or None where the autoencoder's decoder writes."""
         ...
 
     def flops(self, context: int, num_samples: int) -> int:
@@ -39,7 +39,7 @@ class NextVectorCost(Protocol):
 
 @runtime_checkable
 class CodecCost(Protocol):
-    """An autoencoder's configuration (`calm.autoencoder.AutoencoderConfig`)."""
+    """An autoencoder's configuration (`calm.core.autoencoder.AutoencoderConfig`)."""
 
     def decoder_flops(self) -> int: ...
 
@@ -48,7 +48,7 @@ class CodecCost(Protocol):
 
 @runtime_checkable
 class TokenCost(Protocol):
-    """A token model's configuration (`calm.models.TokenLMConfig`)."""
+    """A token model's configuration (`calm.token.model.TokenLMConfig`)."""
 
     def flops(self, context: int) -> int: ...
 
@@ -58,7 +58,7 @@ class Inference:
     """FLOPs per generated token at full context, by part."""
 
     backbone: float
-    """with whatever stands in front of it"""
+    """with its stem"""
     head: float
     writing: float
     """from latents to logits"""
@@ -72,7 +72,7 @@ class Inference:
 
 
 def next_vector_inference(lm: NextVectorCost, autoencoder: CodecCost, context: int, candidates: int = 1) -> Inference:
-    """A next-vector model that draws `candidates` chunks at each step (1 at temperature 1), behind `context` chunks."""
+    """A next-vector model that draws `candidates` chunks at each step (1 at temperature 1), after `context` chunks."""
     backbone, with_head = lm.flops(context, 0), lm.flops(context, candidates)
     if lm.context_decoder is None:
         writing = candidates * (autoencoder.decoder_flops() + autoencoder.vocabulary_flops())
@@ -83,7 +83,7 @@ def next_vector_inference(lm: NextVectorCost, autoencoder: CodecCost, context: i
 
 
 def token_inference(lm: TokenCost, context: int, logits: int) -> Inference:
-    """A token model behind `context` tokens; `logits` are the FLOPs of its vocabulary projection."""
+    """A token model after `context` tokens; `logits` are the FLOPs of its vocabulary projection."""
     return Inference(backbone=float(lm.flops(context) - logits), head=0.0, writing=float(logits))
 
 
@@ -96,11 +96,11 @@ class Training:
     tokens: int
     """seen by the run"""
     before: float = 0.0
-    """FLOPs of what had to be trained first: the autoencoder; 0 for a token model"""
+    """FLOPs of training the autoencoder first; 0 for a token model"""
 
     @property
     def total(self) -> float:
-        """All that the model cost."""
+        """FLOPs of the run and of what came before it."""
         return self.per_token * self.tokens + self.before
 
     @property
@@ -113,7 +113,7 @@ class Training:
 
 
 def flops_line(inference: Inference | None, training: Training | None) -> str:
-    """One line to stand under a table of scores."""
+    """One line for the foot of a table of scores; empty where both are None."""
     parts = []
     if training is not None:
         first = f", of which {training.before:.3g} for the autoencoder" if training.before else ""

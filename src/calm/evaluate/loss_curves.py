@@ -1,4 +1,4 @@
-"""What a run's loss was made of, step by step: fidelity and diversity, direction, gate; a table, a picture, a file of arrays.
+"""Parts of a run's loss, step by step: fidelity and diversity, direction, gate; as a table, a picture and a file of arrays.
 
 The file's names are those of J. Adam's descriptions (2025), which keep such a file for every run. Over training steps, a mean
 over the steps since the record before:
@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from calm.errors import UsageError
-from calm.evaluate.plots import COLOURS, _figure, _tidy, read_rows
+from calm.evaluate.plots import COLOURS, new_figure, read_rows, tidy
 from calm.evaluate.tables import table
 
 NUMBERS = {
@@ -44,14 +44,14 @@ TITLES = {
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LossCourse:
+class LossCurves:
     """The arrays of the module's docstring, by name."""
 
     name: str
     arrays: dict[str, np.ndarray]
 
     @classmethod
-    def read(cls, run: str | Path) -> "LossCourse":
+    def read(cls, run: str | Path) -> "LossCurves":
         """From the metrics.jsonl of a run folder.
 
         Raises:
@@ -98,7 +98,7 @@ class LossCourse:
         """A panel for each number over steps, training as a line and held-out text as points, and one for each curve."""
         panels = [name for name in TITLES if name in self.arrays] + [name for name in CURVES if name in self.arrays]
         rows = -(-len(panels) // 3)
-        figure = _figure(10.8, 2.7 * rows)
+        figure = new_figure(10.8, 2.7 * rows)
         grid = figure.subplots(rows, 3, squeeze=False)
         for axes, name in zip(grid.flat, panels, strict=False):
             if name == "gate_histogram":
@@ -106,19 +106,19 @@ class LossCourse:
                 axes.pcolormesh(steps, self.arrays["gate_edges"], self.arrays[name].T, cmap="Blues", vmin=0)
                 ticks = steps[:-1][:: max(1, len(steps) // 5)]
                 axes.set_xticks(ticks + 0.5, [str(self.arrays["valid_step"][tick]) for tick in ticks])
-                _tidy(axes, "gate, shares of its values", "step", "")
+                tidy(axes, "gate, shares of its values", "step", "")
             elif name == "fidelity_per_step":
                 for place, colour in dict.fromkeys([(0, COLOURS[5]), (len(self.arrays[name]) - 1, COLOURS[0])]):
                     step = self.arrays["valid_step"][place]
                     values = self.arrays[name][place]
                     axes.plot(np.arange(1, len(values) + 1), values, color=colour, linewidth=1.2, label=f"step {step}")
                 axes.legend(fontsize=7, frameon=False)
-                _tidy(axes, "fidelity by position, held out", "chunks read before", "")
+                tidy(axes, "fidelity by position, held out", "chunks read before", "")
             else:
                 axes.plot(self.arrays["step"], self.arrays[name], color=COLOURS[0], linewidth=1.2)
                 if f"valid_{name}" in self.arrays:
                     axes.plot(self.arrays["valid_step"], self.arrays[f"valid_{name}"], "o", color=COLOURS[1], markersize=4)
-                _tidy(axes, TITLES[name], "step", "")
+                tidy(axes, TITLES[name], "step", "")
         for axes in grid.flat[len(panels) :]:
             axes.set_visible(False)
         figure.savefig(out)

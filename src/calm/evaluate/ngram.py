@@ -1,5 +1,4 @@
-"""Unigram and bigram models: the baselines whose Brier-n is known exactly, so that a trained model has something to
-beat.
+"""Unigram and bigram models: baselines whose Brier-n is known exactly.
 
 Both are fitted by counting a split once, in pieces, and have no parameter to tune: Witten-Bell smoothing gives the
 unseen a share that follows from how many different continuations were seen. They score the same chunk boundaries,
@@ -19,7 +18,7 @@ from calm.errors import UsageError
 
 @runtime_checkable
 class TokenSource(Protocol):
-    """What fitting needs of a split (`calm.text.shards.Split` is one)."""
+    """Token ids that can be read in pieces (`calm.text.shards.Split` is one)."""
 
     @property
     def num_tokens(self) -> int: ...
@@ -147,7 +146,7 @@ def log_prob(model: Ngram, context: Int[np.ndarray, "*b"], tokens: Int[np.ndarra
 
 
 def exact_brier(model: Ngram, context: Int[np.ndarray, "*b"], targets: Int[np.ndarray, "*b K"]) -> Float[np.ndarray, "*b O"]:
-    """2 P(y) - sum P^2 of the first n tokens after `context`, n = 1..min(K, 4): what `brier_argmax` estimates from
+    """2 P(y) - sum P^2 of the first n tokens after `context`, n = 1..min(K, 4), which `brier_argmax` estimates from
     samples.
     """
     orders = min(targets.shape[-1], 4)

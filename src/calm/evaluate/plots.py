@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from calm.core.brier_lm import ORDERS
 from calm.errors import UsageError
-from calm.evaluate.scores import BRIER_N, AutoencoderReport, BrierReport
+from calm.evaluate.reconstruction import AutoencoderReport
+from calm.evaluate.scores import BRIER_N, BrierReport
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -19,11 +20,11 @@ if TYPE_CHECKING:
 
 Path = str | os.PathLike[str]
 
-# Okabe and Ito's palette, told apart by readers with any colour vision.
+# Okabe and Ito's palette, which readers with any colour vision can distinguish.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#000000")
 
 
-def _figure(width: float, height: float) -> "Figure":
+def new_figure(width: float, height: float) -> "Figure":
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -32,7 +33,7 @@ def _figure(width: float, height: float) -> "Figure":
     return figure
 
 
-def _tidy(axes: "Axes", title: str, x: str, y: str) -> None:
+def tidy(axes: "Axes", title: str, x: str, y: str) -> None:
     axes.set_title(title, loc="left", fontsize=10)
     axes.set_xlabel(x, fontsize=9)
     axes.set_ylabel(y, fontsize=9)
@@ -98,14 +99,14 @@ def training_curves(runs: Mapping[str, Path] | Path, out: Path, *, names: Sequen
         )
     columns = min(3, len(shown))
     rows = -(-len(shown) // columns)
-    figure = _figure(3.6 * columns, 2.6 * rows)
+    figure = new_figure(3.6 * columns, 2.6 * rows)
     grid = figure.subplots(rows, columns, squeeze=False)
     for axes, name in zip(grid.flat, shown, strict=False):
         for colour, (run, measured) in zip(itertools.cycle(COLOURS), curves.items(), strict=False):
             if name in measured:
                 marker = "o" if len(measured[name][0]) < 30 else None
                 axes.plot(*measured[name], color=colour, linewidth=1.2, marker=marker, markersize=3, label=run or None)
-        _tidy(axes, name, "step", "")
+        tidy(axes, name, "step", "")
     for axes in grid.flat[len(shown) :]:
         axes.set_visible(False)
     if len(curves) > 1:
@@ -117,7 +118,7 @@ def brier_bars(reports: Sequence[BrierReport], out: Path) -> None:
     """Brier-1..4 on a shared logarithmic-like scale, and BrierLM beside them: one bar a model, whiskers are the
     intervals.
     """
-    figure = _figure(7.6, 3.2)
+    figure = new_figure(7.6, 3.2)
     panels = figure.subplots(1, 2, width_ratios=(ORDERS, 1.4))
     width = 0.8 / len(reports)
     for index, (report, colour) in enumerate(zip(reports, itertools.cycle(COLOURS), strict=False)):
@@ -128,13 +129,13 @@ def brier_bars(reports: Sequence[BrierReport], out: Path) -> None:
             spans = [[max(i.estimate - i.low, 0) for _, i in group], [max(i.high - i.estimate, 0) for _, i in group]]
             axes.bar(places, values, 0.92 * width, color=colour, label=report.name)
             axes.errorbar(places, values, yerr=spans, fmt="none", ecolor="0.25", elinewidth=1, capsize=2)
-    _tidy(panels[0], "Brier-n x 100, n tokens after a boundary", "", "")
+    tidy(panels[0], "Brier-n x 100, n tokens after a boundary", "", "")
     panels[0].set_xticks(range(ORDERS), BRIER_N)
     # Orders differ by factors of ten: linear near 0, where scores may be negative, logarithmic above.
     panels[0].set_yscale("symlog", linthresh=1.0)
     panels[0].yaxis.set_major_formatter("{x:g}")
     panels[0].axhline(0, color="0.4", linewidth=0.8)
-    _tidy(panels[1], "BrierLM", "", "")
+    tidy(panels[1], "BrierLM", "", "")
     panels[1].set_xticks([])
     panels[1].set_ylim(bottom=0)
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8, frameon=False)
@@ -143,7 +144,7 @@ def brier_bars(reports: Sequence[BrierReport], out: Path) -> None:
 
 def noise_curves(reports: Sequence[AutoencoderReport], out: Path) -> None:
     """Token and chunk accuracy of autoencoders against the noise on their latents; bands are the intervals."""
-    figure = _figure(7.6, 3.0)
+    figure = new_figure(7.6, 3.0)
     panels = figure.subplots(1, 2, sharey=True)
     for axes, part in zip(panels, ("tokens", "chunks"), strict=True):
         for colour, report in zip(itertools.cycle(COLOURS), reports, strict=False):
@@ -152,7 +153,7 @@ def noise_curves(reports: Sequence[AutoencoderReport], out: Path) -> None:
             axes.plot(sigmas, [i.estimate for i in intervals], color=colour, marker="o", markersize=3, label=report.name)
             axes.fill_between(sigmas, [i.low for i in intervals], [i.high for i in intervals], color=colour, alpha=0.2, lw=0)
             axes.axvline(report.posterior_std, color=colour, linewidth=0.8, linestyle=":")
-        _tidy(axes, f"{part} right", "noise, standard deviation in latent units", "% right" if part == "tokens" else "")
+        tidy(axes, f"{part} right", "noise, standard deviation in latent units", "% right" if part == "tokens" else "")
     panels[0].text(0.02, 0.04, "dotted: the posterior's own std", transform=panels[0].transAxes, fontsize=7, color="0.4")
     if len(reports) > 1:
         handles = panels[0].get_legend_handles_labels()

@@ -9,14 +9,23 @@ are rescaled.
 Source: CALM, arXiv:2510.27688, autoencoder section; active dimensions: Burda et al. 2016, arXiv:1509.00519.
 """
 
-from typing import NamedTuple
+import dataclasses
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from calm.core.intervals import Mean
-from calm.rng import PRNGKey
+from calm.core.brier_lm import TextProtocol
+from calm.core.intervals import Interval, Mean, bootstrap
+from calm.errors import UsageError
+from calm.evaluate.blocks import checked, run_blocks, sums_of
+from calm.evaluate.tables import interval_text, table
+from calm.rng import PRNGKey, stream
 
 
 class Reconstruction(NamedTuple):
@@ -100,3 +109,163 @@ def latent_moments(
         return jnp.einsum("rz,r->z", value.reshape(-1, value.shape[-1]), weights.reshape(-1))
 
     return LatentMoments(weighted(mean), weighted(mean**2), weighted(std**2), weighted(std), weighted(kl), weights.sum())
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NoisyAccuracy:
+    """Accuracy of decoding the posterior mean plus noise of standard deviation `sigma`.
+
+    `relative` is sigma in units of the aggregate standard deviation, averaged over dimensions.
+    """
+
+    sigma: float
+    relative: float
+    tokens: Interval
+    chunks: Interval
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AutoencoderReport:
+    """Reconstruction of an autoencoder, and the spread of its latents.
+
+    Attributes:
+        noise: accuracy at each noise level, sigma 0 (the posterior mean itself) first.
+        sampled: accuracy of decoding a sample of the posterior; sigma is the posterior's own mean.
+        posterior_std, aggregate_std: averaged over dimensions, in latent units.
+        posterior_std_relative: their ratio, dimension by dimension, averaged.
+        kl: nats per chunk; latent_dim, active_dimensions: dimensions, and those whose mean varies.
+    """
+
+    name: str
+    protocol: TextProtocol
+    noise: list[NoisyAccuracy]
+    sampled: NoisyAccuracy
+    posterior_std: float
+    aggregate_std: float
+    posterior_std_relative: float
+    kl: float
+    latent_dim: int
+    active_dimensions: int
+    tokens_per_second: float | None = None
+
+    @property
+    def token_accuracy(self) -> Interval:
+        return self.noise[0].tokens
+
+    @property
+    def chunk_accuracy(self) -> Interval:
+        return self.noise[0].chunks
+
+    def scalars(self) -> dict[str, float]:
+        """The estimates alone: for a training log."""
+        values = {"token_accuracy": self.token_accuracy.estimate, "chunk_accuracy": self.chunk_accuracy.estimate}
+        for each in self.noise[1:]:
+            values[f"token_accuracy_noise_{each.sigma:g}"] = each.tokens.estimate
+            values[f"chunk_accuracy_noise_{each.sigma:g}"] = each.chunks.estimate
+        return {**values, "posterior_std": self.posterior_std, "active_dimensions": float(self.active_dimensions)}
+
+    def to_dict(self) -> dict:
+        values = dataclasses.asdict(self)
+        for entry, source in zip([*values["noise"], values["sampled"]], [*self.noise, self.sampled], strict=True):
+            entry["tokens"], entry["chunks"] = source.tokens.to_dict(), source.chunks.to_dict()
+        return values
+
+    def table(self, *, markdown: bool = False) -> str:
+        named = [("posterior mean" if not each.sigma else f"noise {each.sigma:g}", each) for each in self.noise]
+        rows = [
+            [name, f"{each.relative:.2f}", interval_text(each.tokens.scaled(100.0)), interval_text(each.chunks.scaled(100.0))]
+            for name, each in [*named, ("posterior sample", self.sampled)]
+        ]
+        header = ["decoded from", "sigma / aggregate std", "tokens right %", "chunks right %"]
+        return "\n".join(
+            [
+                table(header, rows, markdown=markdown),
+                "",
+                f"posterior std {self.posterior_std:.3f}, aggregate std {self.aggregate_std:.3f}, "
+                f"KL {self.kl:.1f} nats a chunk, {self.active_dimensions} of {self.latent_dim} dimensions active",
+                self.protocol.line(),
+            ]
+        )
+
+
+@partial(jax.jit, static_argnames=("graph",))
+def _score_autoencoder(
+    graph: Any, params: Any, tokens: Int[Array, "B T"], rows: Int[Array, "B"], key: PRNGKey, sigmas: Float[Array, "L"]
+) -> tuple[Float[Array, "B F"], LatentMoments]:
+    """Right tokens (as chunks' worth) and right chunks of each block at every noise level and for a posterior
+    sample.
+    """
+    autoencoder = nnx.merge(graph, params)
+    chunks = tokens.reshape(len(tokens), -1, autoencoder.config.chunk_size)
+    posterior = autoencoder.encode(chunks)
+
+    keys = jax.vmap(partial(jax.random.fold_in, stream(key, "noise")))(rows)
+    noise = jax.vmap(lambda key: with_noise(jnp.zeros(posterior.mean.shape[1:]), key, 1.0))(keys)
+
+    def right(latents: Float[Array, "B N Z"]) -> Float[Array, "B 2"]:
+        sums = reconstruction(autoencoder.decode(latents), chunks)
+        return jnp.stack([sums.tokens.total / chunks.shape[-1], sums.chunks.total], -1)
+
+    # The same standard normals at every level: a curve over sigma, not a cloud.
+    levels = jax.lax.map(lambda sigma: right(posterior.mean + sigma * noise), sigmas)
+    every = jnp.concatenate([levels, right(jax.vmap(type(posterior).sample)(posterior, keys))[None]])
+    ones = jnp.ones(chunks.shape[1])
+    moments = jax.vmap(lambda mean, std, kl: latent_moments(mean, std, kl, ones))(posterior.mean, posterior.std, posterior.kl())
+    return every.transpose(1, 0, 2).reshape(len(tokens), -1), moments
+
+
+def evaluate_autoencoder(
+    autoencoder: Any,
+    blocks: Int[np.ndarray, "R T"],
+    document: Int[np.ndarray, "*r"],
+    key: PRNGKey,
+    *,
+    noise: Sequence[float] = (0.3,),
+    batch_size: int | None = None,
+    text: TextProtocol | None = None,
+    name: str = "autoencoder",
+) -> AutoencoderReport:
+    """Token and chunk accuracy from the posterior mean, the mean plus noise, and a posterior sample; and the latents' spread.
+
+    Args:
+        autoencoder: `calm.core.autoencoder.Autoencoder`, or a module with its `encode`, `decode` and `config.chunk_size`.
+        blocks, document: token blocks, and the document that each begins in.
+        noise: standard deviations in latent units.
+    Raises:
+        UsageError: blocks that do not fit the chunk size or the protocol, negative noise.
+    """
+    chunk_size = autoencoder.config.chunk_size
+    text = checked(blocks, document, chunk_size, text)
+    if any(not sigma >= 0 for sigma in noise):
+        raise UsageError(f"noise is a list of standard deviations, each at least 0, got {list(noise)}")
+    sigmas = [0.0, *[float(sigma) for sigma in noise if sigma]]
+    graph, params = nnx.split(autoencoder)
+    levels = np.asarray(sigmas, np.float32)
+    (totals, moments), rate = run_blocks(
+        lambda tokens, rows: _score_autoencoder(graph, params, tokens, rows, key, levels), blocks, batch_size
+    )
+    moments = LatentMoments(*(np.asarray(part, np.float64).sum(0) for part in moments))
+    aggregate, posterior = np.asarray(moments.aggregate_std), np.asarray(moments.posterior_std)
+    inverse = np.mean(1 / np.maximum(aggregate, 1e-12))
+    sums = sums_of(totals, blocks.shape[1] // chunk_size, document, blocks.shape[1])
+    intervals = bootstrap(sums, [lambda means, i=i: means[..., i] for i in range(totals.shape[1])])
+    relative_posterior = float(np.mean(posterior / np.maximum(aggregate, 1e-12)))
+    every = [
+        NoisyAccuracy(sigma=sigma, relative=relative, tokens=intervals[2 * i], chunks=intervals[2 * i + 1])
+        for i, (sigma, relative) in enumerate(
+            [*[(sigma, float(sigma * inverse)) for sigma in sigmas], (float(posterior.mean()), relative_posterior)]
+        )
+    ]
+    return AutoencoderReport(
+        name=name,
+        protocol=text,
+        noise=every[:-1],
+        sampled=every[-1],
+        posterior_std=float(posterior.mean()),
+        aggregate_std=float(aggregate.mean()),
+        posterior_std_relative=relative_posterior,
+        kl=float((moments.kl / moments.count).sum()),
+        latent_dim=len(aggregate),
+        active_dimensions=moments.active_dimensions,
+        tokens_per_second=rate,
+    )

@@ -9,11 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from calm.core.brier_lm import ORDERS, BrierIntervals, Protocol, TextProtocol, brier_intervals, brier_lm, compare_brier
+from calm.core.brier_lm import ORDERS, BrierIntervals, Protocol, brier_intervals, brier_lm, compare_brier
 from calm.core.intervals import BlockSums, Interval, bootstrap
 from calm.errors import UsageError
-from calm.evaluate.bits_per_byte import bits_per_byte
-from calm.evaluate.perplexity import ScoredText, exp, word_perplexity
+from calm.evaluate.perplexity import ScoredText, bits_per_byte, exp, word_perplexity
 from calm.evaluate.tables import interval_text, table
 
 BRIER_N = [f"Brier-{n + 1}" for n in range(ORDERS)]
@@ -57,7 +56,7 @@ class BrierReport:
         scores: Brier-1..4 (unscaled).
         energy: energy loss of each position, or None.
         likelihood: negative log-likelihood in nats of each token, or None where it is not known.
-        scored: bytes and words of the text that the tokens of `likelihood` stand for, or None where nobody counted.
+        scored: bytes and words of the text of the tokens of `likelihood`, or None where they were not counted.
         tokens_per_second: tokens scored per second, compilation excluded, or None.
     """
 
@@ -105,14 +104,14 @@ class BrierReport:
 
     @functools.cached_property
     def bits_per_byte(self) -> Interval | None:
-        """The likelihood in a unit that models of different tokenizers share (`calm.evaluate.bits_per_byte`)."""
+        """The likelihood in a unit that models of different tokenizers share (`calm.evaluate.perplexity`)."""
         if self.likelihood is None or self.scored is None:
             return None
         return bits_per_byte(self.likelihood, self.scored.bytes)
 
     @property
     def perplexity_convention(self) -> str | None:
-        """How its perplexities are to be read."""
+        """One line on how to read its perplexities."""
         if self.likelihood is None or self.scored is None:
             return None
         return self.scored.convention(int(self.likelihood.count.sum()))
@@ -233,7 +232,7 @@ def compare(first: BrierReport, second: BrierReport) -> Comparison:
 
 
 def comparison_table(comparisons: Sequence[Comparison], *, markdown: bool = False) -> str:
-    """One row a pair: the difference with its interval, and what it says."""
+    """One row a pair: the difference with its interval, and the verdict."""
     header = ["difference", *BRIER_N, "BrierLM", "verdict"]
     rows = [
         [
@@ -245,80 +244,3 @@ def comparison_table(comparisons: Sequence[Comparison], *, markdown: bool = Fals
         for each in comparisons
     ]
     return table(header, rows, markdown=markdown)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class NoisyAccuracy:
-    """Accuracy of decoding the posterior mean plus noise of standard deviation `sigma`.
-
-    `relative` is sigma in units of the aggregate standard deviation, averaged over dimensions.
-    """
-
-    sigma: float
-    relative: float
-    tokens: Interval
-    chunks: Interval
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class AutoencoderReport:
-    """How well an autoencoder reconstructs, and what its latents look like.
-
-    Attributes:
-        noise: accuracy at each noise level, sigma 0 (the posterior mean itself) first.
-        sampled: accuracy of decoding a sample of the posterior; sigma is the posterior's own mean.
-        posterior_std, aggregate_std: averaged over dimensions, in latent units.
-        posterior_std_relative: their ratio, dimension by dimension, averaged.
-        kl: nats per chunk; latent_dim, active_dimensions: dimensions, and those whose mean varies.
-    """
-
-    name: str
-    protocol: TextProtocol
-    noise: list[NoisyAccuracy]
-    sampled: NoisyAccuracy
-    posterior_std: float
-    aggregate_std: float
-    posterior_std_relative: float
-    kl: float
-    latent_dim: int
-    active_dimensions: int
-    tokens_per_second: float | None = None
-
-    @property
-    def token_accuracy(self) -> Interval:
-        return self.noise[0].tokens
-
-    @property
-    def chunk_accuracy(self) -> Interval:
-        return self.noise[0].chunks
-
-    def scalars(self) -> dict[str, float]:
-        """The estimates alone: for a training log."""
-        values = {"token_accuracy": self.token_accuracy.estimate, "chunk_accuracy": self.chunk_accuracy.estimate}
-        for each in self.noise[1:]:
-            values[f"token_accuracy_noise_{each.sigma:g}"] = each.tokens.estimate
-            values[f"chunk_accuracy_noise_{each.sigma:g}"] = each.chunks.estimate
-        return {**values, "posterior_std": self.posterior_std, "active_dimensions": float(self.active_dimensions)}
-
-    def to_dict(self) -> dict:
-        values = dataclasses.asdict(self)
-        for entry, source in zip([*values["noise"], values["sampled"]], [*self.noise, self.sampled], strict=True):
-            entry["tokens"], entry["chunks"] = source.tokens.to_dict(), source.chunks.to_dict()
-        return values
-
-    def table(self, *, markdown: bool = False) -> str:
-        named = [("posterior mean" if not each.sigma else f"noise {each.sigma:g}", each) for each in self.noise]
-        rows = [
-            [name, f"{each.relative:.2f}", interval_text(each.tokens.scaled(100.0)), interval_text(each.chunks.scaled(100.0))]
-            for name, each in [*named, ("posterior sample", self.sampled)]
-        ]
-        header = ["decoded from", "sigma / aggregate std", "tokens right %", "chunks right %"]
-        return "\n".join(
-            [
-                table(header, rows, markdown=markdown),
-                "",
-                f"posterior std {self.posterior_std:.3f}, aggregate std {self.aggregate_std:.3f}, "
-                f"KL {self.kl:.1f} nats a chunk, {self.active_dimensions} of {self.latent_dim} dimensions active",
-                self.protocol.line(),
-            ]
-        )

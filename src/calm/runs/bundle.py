@@ -20,9 +20,11 @@ from calm.core.latent_lm import LatentLM
 from calm.core.predictor import NextVector, Predictor
 from calm.core.sampler import Sampler
 from calm.errors import UsageError
-from calm.evaluate.blocks import evaluate_autoencoder, evaluate_ngrams, evaluate_world, text_protocol
+from calm.evaluate.blocks import text_protocol
 from calm.evaluate.brier import evaluate_predictor
+from calm.evaluate.closed_form import evaluate_ngrams, evaluate_world
 from calm.evaluate.perplexity import ScoredText
+from calm.evaluate.reconstruction import evaluate_autoencoder
 from calm.interop.published_files import read_json
 from calm.rng import row_keys, stream
 from calm.runs import saved_state

@@ -14,7 +14,6 @@ they do not give, are ours.
 import dataclasses
 from typing import Any, Literal
 
-from calm.config import suggestion
 from calm.core.autoencoder import AutoencoderConfig
 from calm.core.energy_head import EnergyHeadConfig
 from calm.core.head import HeadConfig
@@ -33,6 +32,7 @@ from calm.heads.terms import AuxiliaryTerm, OwnTerm
 from calm.hybrid.backbone import of_pattern
 from calm.hybrid.convolution import ConvSSMConfig
 from calm.hybrid.hopfield import HopfieldConfig
+from calm.registry import suggestion
 from calm.runs.hybrid_presets import hybrids
 from calm.runs.stages import AutoencoderRun, LatentLMRun, TokenLMRun
 from calm.token.model import TokenLMConfig

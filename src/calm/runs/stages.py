@@ -22,8 +22,9 @@ from calm.core.predictor import NextVector, Predictor
 from calm.core.sampler import PlainSampler, Sampler
 from calm.core.temperature import BatchTemperature
 from calm.errors import UsageError
-from calm.evaluate.blocks import evaluate_autoencoder, text_protocol
+from calm.evaluate.blocks import text_protocol
 from calm.evaluate.brier import evaluate_predictor
+from calm.evaluate.reconstruction import evaluate_autoencoder
 from calm.registry import Registered
 from calm.rng import row_keys, stream
 from calm.runs import schema

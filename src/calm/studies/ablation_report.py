@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from calm.evaluate.plots import COLOURS, Path, _figure, _tidy
+from calm.evaluate.plots import COLOURS, Path, new_figure, tidy
 
 COLUMNS = ("kind", "cell", "masked", "seed", "nats")
 RETRAINED, MASKED = "retrained", "masked at inference"
@@ -34,10 +34,10 @@ def draw_ablation(results: Sequence[Mapping[str, Any]], whole: str, described: M
         retrained.setdefault(result["cell"], []).append(result["nats_per_token"])
         for what, nats in result["masked"].items() if result["cell"] == whole else ():
             masked.setdefault(what, []).append(nats)
-    figure = _figure(11.0, 1.4 + 0.22 * max(len(retrained), len(masked)))
+    figure = new_figure(11.0, 1.4 + 0.22 * max(len(retrained), len(masked)))
     panels = {f"{RETRAINED} without it": retrained, f"{whole}, {MASKED}": masked}
     for axes, (title, rows) in zip(figure.subplots(1, 2), panels.items(), strict=True):
-        _tidy(axes, title, "nats per token", "")
+        tidy(axes, title, "nats per token", "")
         for place, (name, nats) in enumerate(rows.items()):
             axes.plot(nats, np.full(len(nats), -place), "o", color=COLOURS[0], markersize=4)
             if rows is masked and name in described:

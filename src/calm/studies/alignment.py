@@ -20,10 +20,9 @@ import numpy as np
 
 from calm.core.intervals import BlockSums, Interval, bootstrap, paired_bootstrap
 from calm.errors import UsageError
-from calm.evaluate.diversity import repeated
-from calm.evaluate.plots import COLOURS, _figure, _tidy
-from calm.evaluate.quality_report import REPEATED
+from calm.evaluate.plots import COLOURS, new_figure, tidy
 from calm.evaluate.tables import interval_text, table
+from calm.evaluate.writing import REPEATED, repeated
 from calm.runs import bundle
 from calm.runs.stages import validation_blocks
 from calm.studies.runner import cell_folder
@@ -268,7 +267,7 @@ def fluency_cost(results: Sequence[dict[str, Any]], way: str) -> Interval | None
 
 def picture(results: Sequence[dict[str, Any]], out: Path) -> None:
     """Left: gain by the classifier against FLOPs; right: fluency against FLOPs. Lines join numbers of inner steps."""
-    figure = _figure(8.6, 3.4)
+    figure = new_figure(8.6, 3.4)
     panels = figure.subplots(1, 2)
     steps = sorted({result["steps"] for result in results})
     ways = list(results[0]["ways"])
@@ -286,7 +285,7 @@ def picture(results: Sequence[dict[str, Any]], out: Path) -> None:
             axes.errorbar(cost, [i.estimate for i in values], yerr=np.nan_to_num(spans), **style)
     for axes, title in zip(panels, ("gain over the standard text, log-odds", results[0]["fluency_of"]), strict=True):
         axes.set_xscale("log")
-        _tidy(axes, title, "FLOPs for a text, adaptation included", "")
+        tidy(axes, title, "FLOPs for a text, adaptation included", "")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=6, fontsize=8, frameon=False)
     figure.savefig(out)
 

@@ -19,7 +19,7 @@ from typing import Any
 
 from calm.evaluate.tables import table
 from calm.runs import bundle, presets
-from calm.runs import measure as examine
+from calm.runs.evaluation import inspect_latents
 from calm.runs.stages import AutoencoderRun
 from calm.studies.runner import Cell, run_cells
 from calm.text.atomic_write import write_whole
@@ -70,7 +70,7 @@ def cells(data: str, steps: int) -> list[Cell]:
 
 def inspected(folder: Path) -> dict[str, Any]:
     """The score of a cell."""
-    found = examine.latents(bundle.load(folder, precision="auto"), max_tokens=16 * 1024)
+    found = inspect_latents(bundle.load(folder, precision="auto"), max_tokens=16 * 1024)
     latent, _, aggregate = found.curves
     at = latent.levels.index(0.3)
     return {

@@ -7,7 +7,6 @@ budget.
 
 import dataclasses
 
-from calm.config import suggestion
 from calm.core.energy_head import EnergyHeadConfig
 from calm.core.head import HeadConfig
 from calm.core.latent_lm import LatentLMConfig
@@ -19,6 +18,7 @@ from calm.heads.flow import FlowHeadConfig
 from calm.heads.mixture import MixtureHeadConfig
 from calm.heads.slot_energy import SlotEnergyTerm
 from calm.heads.terms import AnchorTerm, AuxiliaryTerm, OwnTerm
+from calm.registry import suggestion
 from calm.runs import presets
 from calm.runs.presets import SMALL_WRITER
 from calm.runs.stages import LatentLMRun, TokenLMRun

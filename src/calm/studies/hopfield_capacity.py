@@ -25,7 +25,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from calm.errors import UsageError
-from calm.evaluate.plots import COLOURS, _figure, _tidy
+from calm.evaluate.plots import COLOURS, new_figure, tidy
 from calm.evaluate.tables import table
 from calm.hybrid.hopfield import refine
 from calm.rng import PRNGKey, stream
@@ -151,13 +151,13 @@ def picture(result: dict[str, Any], out: Path) -> None:
     rows, capacity = result["rows"], result["capacity"]
     betas, widths = (list(dict.fromkeys(row[name] for row in rows)) for name in ("beta", "width"))
     shown = min(betas, key=lambda beta: abs(math.log(beta)))
-    figure = _figure(8.6, 3.6)
+    figure = new_figure(8.6, 3.6)
     left, right = figure.subplots(1, 2)
     for colour, width in zip(COLOURS, widths, strict=False):
         of = [row for row in rows if (row["width"], row["beta"]) == (width, shown)]
         left.plot([row["count"] for row in of], [row["after"][-1] for row in of], color=colour, label=f"C = {width}")
     left.set_xscale("log", base=2)
-    _tidy(left, f"beta = {shown:g}, {STEPS[-1]} updates", "patterns stored", "share retrieved")
+    tidy(left, f"beta = {shown:g}, {STEPS[-1]} updates", "patterns stored", "share retrieved")
     for colour, beta in zip(COLOURS, betas, strict=False):
         of = [entry for entry in capacity if entry["beta"] == beta]
         held = np.array([entry["after"][-1] for entry in of], float)
@@ -165,7 +165,7 @@ def picture(result: dict[str, Any], out: Path) -> None:
     best = [entry["nearest"] or np.nan for entry in capacity if entry["beta"] == betas[0]]
     right.plot(widths, best, "--", color="0.3", label="nearest pattern")
     right.set_yscale("log", base=2)
-    _tidy(right, f"largest number tried of which {WANTED:.0%} are retrieved", "width C", "patterns")
+    tidy(right, f"largest number tried of which {WANTED:.0%} are retrieved", "width C", "patterns")
     for axes in (left, right):
         axes.legend(fontsize=7, frameon=False)
     figure.savefig(out, dpi=100)

@@ -27,7 +27,7 @@ from calm.evaluate.inspection import AutoencoderInspection
 from calm.evaluate.tables import interval_text, table
 from calm.posteriors.hierarchical import HierarchicalAutoencoder
 from calm.runs import bundle, presets
-from calm.runs import measure as examine
+from calm.runs.evaluation import inspect_latents
 from calm.runs.stages import AutoencoderRun, LatentLMRun
 from calm.studies.hybrids import brier_table
 from calm.studies.runner import RESULT, Cell, cell_folder, grid, run_cells
@@ -88,7 +88,7 @@ def coding(folder: Path, score: LanguageModelScore) -> dict[str, Any]:
     model = bundle.load(folder, precision=score.precision)
 
     def measured(model: bundle.Bundle) -> dict[str, Any]:
-        found = examine.latents(model, split=score.split, max_tokens=CODED_TOKENS)
+        found = inspect_latents(model, split=score.split, max_tokens=CODED_TOKENS)
         return measures(found) | {"kl_per_token": float(found.kl.sum()) / model.chunk_size}
 
     result = measured(model)

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from calm.evaluate.loss_curves import LossCourse
+from calm.evaluate.loss_curves import LossCurves
 from calm.runs import presets
 from calm.runs.stages import LatentLMRun
 from calm.studies.runner import Cell, cell_folder
@@ -58,6 +58,6 @@ class LossKindStudy:
 
 def parts_of(folder: Path) -> dict[str, float]:
     """Fidelity, diversity, direction and gate of a run at its best checkpoint, or its last where none was named best."""
-    arrays = LossCourse.read(folder).arrays
+    arrays = LossCurves.read(folder).arrays
     (place,) = np.flatnonzero(arrays["valid_step"] == best_step(folder))
     return {name: float(arrays[f"valid_{name}"][place]) for name in PARTS}

@@ -20,12 +20,12 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from calm import config as configuration
-from calm.config import suggestion
 from calm.core.transformer import TransformerConfig
 from calm.errors import DivergedError, UsageError
 from calm.evaluate.tables import table
 from calm.hybrid.backbone import of_pattern
 from calm.hybrid.hopfield import HopfieldConfig
+from calm.registry import suggestion
 from calm.rng import stream
 from calm.studies.memory_tasks import PRESETS, MemoryTask
 from calm.studies.runner import cell_folder

@@ -19,7 +19,7 @@ from flax import nnx
 
 from calm.core.mixer import Tap
 from calm.errors import UsageError
-from calm.evaluate.blocks import score_ngram
+from calm.evaluate.closed_form import score_ngram
 from calm.evaluate.ngram import fit_ngrams
 from calm.evaluate.tables import table
 from calm.hybrid.backbone import of_pattern

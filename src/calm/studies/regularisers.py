@@ -22,12 +22,12 @@ from pathlib import Path
 from typing import Any
 
 from calm.errors import DivergedError, UsageError
-from calm.evaluate.blocks import score_ngram
+from calm.evaluate.closed_form import score_ngram
 from calm.evaluate.ngram import fit_ngrams
 from calm.evaluate.tables import table
 from calm.runs import bundle, presets
+from calm.runs.evaluation import score_writing
 from calm.runs.stages import validation_blocks
-from calm.runs.writing import score_writing
 from calm.studies.runner import RESULT, Cell, cell_folder, describe, grid, read_results, run_cells, sized, with_seed
 from calm.studies.scoring import LanguageModelScore, over_seeds, results_table
 from calm.studies.study import OF_LANGUAGE_MODELS, Request

@@ -18,8 +18,7 @@ from calm.evaluate.scores import BrierReport, Comparison, compare
 from calm.evaluate.tables import table
 from calm.rng import row_keys
 from calm.runs import bundle
-from calm.runs.measure import likelihood_bound
-from calm.runs.writing import score_writing
+from calm.runs.evaluation import likelihood_bound, score_writing
 from calm.token.model import TokenLM
 from calm.token.sampler import SoftmaxSampler
 
@@ -135,7 +134,7 @@ LANGUAGE_MODEL_COLUMNS: dict[str, Callable[[Mapping[str, Any]], float | None]] =
 
 
 def _written(temperature: str, measure: str, factor: float = 1.0) -> Callable[[Mapping[str, Any]], float | None]:
-    """A column for what the cells wrote (`LanguageModelScore.texts`): a measure of `calm.evaluate.quality_report.Writing`."""
+    """A column for what the cells wrote (`LanguageModelScore.texts`): a measure of `calm.evaluate.writing.Writing`."""
 
     def of(result: Mapping[str, Any]) -> float | None:
         own = next(iter(result.get(f"writing {temperature}", {}).values()), {})  # the model's own texts stand first

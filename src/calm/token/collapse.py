@@ -3,7 +3,7 @@ into sizes that nothing holds.
 
 Each is measured on held-out text, so that "collapse" is a reading and not an impression:
 
-    effective rank  of the hidden states' covariance (`calm.evaluate.geometry`): D for a round cloud, 1 for a line
+    effective rank  of the hidden states' covariance (`calm.evaluate.inspection`): D for a round cloud, 1 for a line
     alignment       mean cosine of two hidden states of unrelated positions: 0 for directions all around, 1 for one direction
     information     entropy of the mean prediction minus the mean entropy of the predictions, in nats: what the predictions say
                     about where they are made; 0 when the model answers the same everywhere
@@ -21,7 +21,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from calm.evaluate.blocks import run_blocks
-from calm.evaluate.geometry import covariance, effective_rank
+from calm.evaluate.inspection import covariance, effective_rank
 from calm.token.model import TokenLM
 
 

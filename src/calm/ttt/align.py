@@ -14,11 +14,11 @@ from calm.core.autoencoder import Autoencoder
 from calm.core.latent_lm import LatentLM
 from calm.core.predictor import NextVector
 from calm.errors import UsageError
-from calm.evaluate.text_quality import Judge
+from calm.evaluate.writing import Judge
 from calm.rng import row_keys, stream
 from calm.runs.bundle import Bundle
+from calm.runs.evaluation import as_judge
 from calm.runs.stages import validation_blocks
-from calm.runs.writing import as_judge
 from calm.text.chunking import num_chunks
 from calm.ttt.concept import (
     Reader,

@@ -1,13 +1,15 @@
-"""Scoring what models write: continuations of held-out prompts, read by an independent token model.
+"""How well a model writes: continuations of held-out prompts, scored by an independent token model and by their repetition.
 
-BrierLM asks whether the next few tokens are predicted; nobody asks there what a page of them looks like. Here every author
-continues the same held-out prompts, and the held-out text's own continuations stand beside theirs. Low bits per byte with many
-repetitions is a model that says the same thing again; high bits per byte with none, one that says anything.
+BrierLM asks whether the next few tokens are predicted, not what a page of them looks like. Here every author continues the same
+held-out prompts, and the held-out text's own continuations are scored beside theirs. Few bits per byte with many repetitions is
+a model that says the same thing again; many bits per byte with none, one that says anything. All these numbers move with the
+number and the length of the texts, so only equal amounts of text can be compared.
 """
 
 import dataclasses
-from collections.abc import Sequence
-from functools import partial
+import math
+from collections.abc import Mapping, Sequence
+from functools import cached_property, partial
 from typing import Any
 
 import jax
@@ -16,24 +18,129 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from calm.core.generate import generate
-from calm.core.intervals import BlockSums
+from calm.core.intervals import BlockSums, Interval, bootstrap
 from calm.core.predictor import Predictor
 from calm.core.sampler import Sampler
 from calm.errors import UsageError
-from calm.evaluate.diversity import distinct, repeated
 from calm.evaluate.ngram import Ngram
 from calm.evaluate.ngram import sample as sample_ngram
-from calm.evaluate.quality_report import DISTINCT, REPEATED, Writing
+from calm.evaluate.tables import interval_text, table
 from calm.rng import PRNGKey, row_keys
 from calm.text.tokenizer import Tokenizer
-from calm.token.model import TokenLM
 
 ROWS_AT_ONCE = 8  # texts that the judge reads together
+REPEATED = 4
+DISTINCT = (1, 2, 4)
+
+
+def ngrams(row: Int[np.ndarray, "T"], n: int) -> Int[np.ndarray, "X n"]:
+    """All runs of n tokens; none in a shorter row."""
+    if n < 1:
+        raise UsageError(f"n-grams need n of at least 1, got {n}")
+    return np.lib.stride_tricks.sliding_window_view(row, n) if len(row) >= n else np.zeros((0, n), row.dtype)
+
+
+def repeated(rows: Sequence[Int[np.ndarray, "_"]], n: int) -> Float[np.ndarray, "R 2"]:
+    """For each row, how many of its n-grams occurred in it before, and how many there are.
+
+    Their ratio is seq-rep-n (Welleck et al., arXiv:1908.04319): 1 minus the share of different n-grams.
+    """
+    counts = [(len(found := ngrams(row, n)), len(np.unique(found, axis=0))) for row in rows]
+    return np.array([(total - different, total) for total, different in counts], np.float64).reshape(-1, 2)
+
+
+def distinct(rows: Sequence[Int[np.ndarray, "_"]], n: int) -> float:
+    """distinct-n (Li et al., arXiv:1510.03055): different n-grams of all rows together over all n-grams; nan without any."""
+    every = np.concatenate([ngrams(row, n) for row in rows]) if rows else np.zeros((0, n))
+    return len(np.unique(every, axis=0)) / len(every) if len(every) else float("nan")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Writing:
+    """Texts of one author: a model, or the held-out text itself.
+
+    Attributes:
+        judged: the judge's nats of each text, counted in its bytes; None without a judge.
+        repeated: 4-grams that occurred in their text before, counted in all of its 4-grams, for each text.
+        distinct: distinct-1, -2 and -4 over all texts together.
+    """
+
+    name: str
+    judged: BlockSums | None
+    repeated: BlockSums
+    distinct: tuple[float, ...]
+    tokens: int
+    ended: int
+    """texts that ended before the limit"""
+
+    @cached_property
+    def bits_per_byte(self) -> Interval | None:
+        """The judge's bits for a byte of these texts, given their prompts."""
+        if self.judged is None or not self.judged.count.sum():
+            return None
+        return bootstrap(self.judged, [lambda means: means[..., 0] / math.log(2)])[0]
+
+    @cached_property
+    def repetition(self) -> Interval | None:
+        """Share of repeated 4-grams; None if no text has four tokens."""
+        return bootstrap(self.repeated, [lambda means: means[..., 0]])[0] if self.repeated.count.sum() else None
+
+    def to_dict(self) -> dict:
+        return {
+            "name": self.name,
+            "bits_per_byte": self.bits_per_byte and self.bits_per_byte.to_dict(),
+            f"repeated_{REPEATED}": self.repetition and self.repetition.to_dict(),
+            **{f"distinct_{n}": value for n, value in zip(DISTINCT, self.distinct, strict=True)},
+            "tokens": self.tokens,
+            "ended": self.ended,
+        }
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class QualityReport:
+    """Writings from the same prompts, of the same number and length. `judge` names the token model and its tokenizer."""
+
+    judge: str
+    samples: int
+    prompt_tokens: int
+    new_tokens: int
+    temperature: str
+    seed: int
+    writings: tuple[Writing, ...]
+
+    def line(self) -> str:
+        """One line for the foot of the table: prompts, lengths, temperature, seed and judge."""
+        judge = f"judge {self.judge}" if self.judge else "no judge (--judge RUN names a token model)"
+        return (
+            f"{self.samples} continuations of {self.prompt_tokens} held-out tokens by at most {self.new_tokens}, "
+            f"temperature {self.temperature}, seed {self.seed}, {judge}"
+        )
+
+    def to_dict(self) -> dict:
+        fields = ("judge", "samples", "prompt_tokens", "new_tokens", "temperature", "seed")
+        return {name: getattr(self, name) for name in fields} | {"writings": [each.to_dict() for each in self.writings]}
+
+    def table(self, brier_lm: Mapping[str, Interval | None] | None = None, *, markdown: bool = False) -> str:
+        """One row an author, with 95 % intervals over texts; `brier_lm` by author is the first column, where it is given."""
+        brier = brier_lm or {}
+        header = ["text of", "BrierLM", "judge's bits/byte", f"repeated {REPEATED}-grams %"]
+        header += [f"distinct-{n} %" for n in DISTINCT]
+        rows = [
+            [
+                each.name,
+                interval_text(brier.get(each.name), 3),
+                interval_text(each.bits_per_byte, 3),
+                interval_text(each.repetition and each.repetition.scaled(100.0), 2),
+                *(f"{100 * value:.1f}" for value in each.distinct),
+            ]
+            for each in self.writings
+        ]
+        return "\n".join([table(header, rows, markdown=markdown), "", self.line()])
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Prompts:
-    """Held-out beginnings, and how the text goes on.
+    """Held-out beginnings, and how the text continues.
 
     Attributes:
         tokens: beginnings. following: the tokens after them, up to the end of their document.
@@ -69,7 +176,7 @@ class Prompts:
     def continued_by(
         self, predictor: Predictor, tokenizer: Tokenizer, key: PRNGKey, *, sampler: Sampler, decoding: str
     ) -> list[Int[np.ndarray, "_"]]:
-        """What a model writes after each, up to its end token."""
+        """A model's continuation of each prompt, up to its end token."""
         keys = row_keys(key, len(self.tokens))
         options: dict[str, Any] = dict(special=tokenizer, max_tokens=self.new_tokens, sampler=sampler, decoding=decoding)
         result = generate(predictor, list(self.tokens), keys, **options)
@@ -83,16 +190,17 @@ class Prompts:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Judge:
-    """A token model with its own tokenizer, which need not be that of what it reads."""
+    """A token model with its own tokenizer, which may differ from the author's."""
 
     name: str
-    lm: TokenLM
+    lm: Any
+    """a token model (`calm.token.model.TokenLM`)"""
     tokenizer: Tokenizer
     block_tokens: int
     """the most tokens that it reads at once"""
 
     def nats(self, prompts: Sequence[str], texts: Sequence[str]) -> Float[np.ndarray, "R"]:
-        """-log p of each text given its prompt. What does not fit is left out at the front, where it only conditions.
+        """-log p of each text given its prompt. Where both do not fit, the front of the prompt is left out.
 
         Raises:
             UsageError: a text longer than the judge can read.
@@ -120,8 +228,8 @@ class Judge:
 
 @partial(jax.jit, static_argnames=("graph",))
 def _row_nats(graph: Any, params: Any, tokens: Int[Array, "B T"], scored: Array) -> Float[Array, "B"]:
-    """A causal model reads padding behind a row without any effect on the row."""
-    lm: TokenLM = nnx.merge(graph, params)
+    """-log p of the scored tokens of each row, in nats. Padding after a row has no effect on it: the model is causal."""
+    lm: Any = nnx.merge(graph, params)
     hidden, _ = lm.hidden(tokens[:, :-1, None])
     nats, _ = lm.nats_and_match(hidden, tokens[:, 1:])
     return (nats * scored[:, 1:]).sum(1)

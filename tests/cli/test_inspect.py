@@ -36,10 +36,49 @@ def test_latents_are_inspected(tiny_runs, tmp_path):
     assert json.loads((tmp_path / "autoencoder.json").read_text()) == found["autoencoder"]
 
 
+def test_evaluate_judges_the_use_of_the_vector(tiny_runs):
+    words = ["evaluate", str(tiny_runs / "lm"), "--max-tokens", "800", "--num-samples", "2"]
+    scores = tiny.run(*words, "--vector-tokens", "400")
+    vector = scores["vector"]
+    assert vector["scored_tokens"] == 2 * (192 - 4) and set(vector["latents"]) == {"own", "foreign", "previous", "zero", "true"}
+    cost = vector["latents"]["foreign"]["nats_per_token"]["estimate"] - vector["latents"]["own"]["nats_per_token"]["estimate"]
+    assert vector["cost"]["estimate"] == pytest.approx(cost, abs=1e-6) and vector["protocol"]["samples"] == 2
+    assert scores["lm"]["name"] == (vector["label"] or "CALM") == scores["against_bigram"]["first"]
+    without = tiny.run(*words, "--vector-tokens", "0")
+    assert "vector" not in without and without["lm"]["name"] == "CALM"
+    assert without["lm"]["brier_lm"] == scores["lm"]["brier_lm"]
+
+
+def test_a_frontier_is_decoded_as_suits_the_model(tiny_runs, monkeypatch):
+    from calm.core.predictor import NextVector
+
+    words = ["frontier", str(tiny_runs / "lm"), "--max-tokens", "200", "--positions", "2", "--candidates", "4"]
+    words += ["--temperatures", "1/2"]
+    assert tiny.run(*words)["frontier"]["protocol"]["decoding"] == "argmax"
+    monkeypatch.setattr(NextVector, "decoding", "drawn")
+    assert tiny.run(*words)["frontier"]["protocol"]["decoding"] == "drawn"
+    assert tiny.run(*words, "--decoding", "argmax")["frontier"]["protocol"]["decoding"] == "argmax"
+
+
+def test_export_takes_the_best_checkpoint_and_says_so(tiny_runs, tmp_path, capsys):
+    import numpy as np
+
+    from calm.cli import main
+    from calm.runs import bundle
+
+    assert main(["export", "--help"]) == 0
+    help_text = " ".join(capsys.readouterr().out.split())
+    assert "best checkpoint" in help_text and "newest" not in help_text
+    tiny.run("export", str(tiny_runs / "lm"), "--out", str(tmp_path / "export"))
+    exported, run = bundle.load(tmp_path / "export"), bundle.load(tiny_runs / "lm")
+    np.testing.assert_array_equal(exported.encode("The cat sees."), run.encode("The cat sees."))
+
+
 def test_diagnose_names_the_codec_of_a_model_that_was_hardly_trained(tiny_runs, tmp_path):
     out = tmp_path / "found.json"
     found = tiny.run("diagnose", str(tiny_runs / "lm"), "--max-tokens", "800", "--candidates", "4", "--out", str(out))
-    assert found["first_failure"] == "codec round trip" and len(found["stages"]) == 6
+    assert found["first_failure"] == "codec round trip" and len(found["stages"]) == 7
+    assert found["stages"][2]["name"] == "vector use" and found["vector"]["verdict"] in ("used", "weak", "unused")
     assert json.loads(out.read_text()) == found and "first stage that fails is codec round trip" in found["verdict"]
 
 
@@ -50,6 +89,8 @@ def test_diagnose_names_the_codec_of_a_model_that_was_hardly_trained(tiny_runs, 
         (["evaluate", "autoencoder", "--bound", "4"], "autoencoder only"),
         (["evaluate", "lm", "--bound", "-1"], "at least 1 sample"),
         (["diagnose", "lm", "--num-samples", "1"], "num_samples"),
+        (["evaluate", "lm", "--vector-tokens", "-1"], "vector_tokens"),
+        (["diagnose", "lm", "--vector-tokens", "-1"], "vector_tokens"),
         (["inspect", "autoencoder", "nowhere"], "nowhere"),
     ],
 )

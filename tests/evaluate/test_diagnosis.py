@@ -15,8 +15,16 @@ from calm.core.generate import SpecialIds
 from calm.core.intervals import Interval
 from calm.core.predictor import NextVector, Noise
 from calm.errors import UsageError
-from calm.evaluate.diagnose import DiagnoseOptions, diagnose
-from calm.evaluate.diagnosis import Diagnosis, judge_alignment, judge_codec, judge_free_running, judge_head_mean, judge_voted
+from calm.evaluate.diagnosis import (
+    DiagnoseOptions,
+    Diagnosis,
+    diagnose,
+    judge_alignment,
+    judge_codec,
+    judge_free_running,
+    judge_head_mean,
+    judge_voted,
+)
 from calm.evaluate.ngram import fit_ngrams
 
 K, V, WORDS, STATES = 3, 20, 16, 12

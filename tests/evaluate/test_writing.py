@@ -1,4 +1,4 @@
-"""Judged texts: the judge's price is the likelihood, whatever is read beside it; prompts come from the text and end with it."""
+"""Writing: the judge's price is the likelihood, whatever is read beside it; prompts; repetition against counts by hand."""
 
 import jax
 import numpy as np
@@ -8,8 +8,7 @@ from calm.core.intervals import Interval
 from calm.core.transformer import TransformerConfig
 from calm.errors import UsageError
 from calm.evaluate.ngram import fit_ngrams
-from calm.evaluate.quality_report import QualityReport
-from calm.evaluate.text_quality import Judge, Prompts, judged
+from calm.evaluate.writing import Judge, Prompts, QualityReport, distinct, judged, ngrams, repeated
 from calm.text.tokenizer import ByteTokenizer
 from calm.token.likelihood import token_likelihood
 from calm.token.model import TokenLMConfig
@@ -99,3 +98,26 @@ def test_all_authors_are_measured_alike():
 def test_prompts_that_the_text_does_not_have_are_refused(changes, words):
     with pytest.raises(UsageError, match=words):
         prompts(**changes)
+
+
+def row(*tokens):
+    return np.array(tokens, np.int32)
+
+
+def test_repeated_ngrams_are_those_that_stood_there_before():
+    # ab ba ab ba: two of four bigrams came before; a text of one token has no bigram
+    np.testing.assert_array_equal(repeated([row(1, 2, 1, 2, 1), row(1, 2, 3), row(7)], 2), [[2, 4], [0, 2], [0, 0]])
+    np.testing.assert_array_equal(repeated([row(5, 5, 5, 5)], 1), [[3, 4]])
+
+
+def test_repetition_is_counted_within_a_text_and_distinctness_over_all():
+    rows = [row(1, 2, 3), row(1, 2, 3)]
+    assert repeated(rows, 2)[:, 0].sum() == 0
+    assert distinct(rows, 2) == 2 / 4 and distinct(rows, 1) == 3 / 6
+
+
+def test_no_ngrams_at_all():
+    assert ngrams(row(1, 2), 3).shape == (0, 3)
+    assert np.isnan(distinct([row(1)], 2)) and np.isnan(distinct([], 1))
+    with pytest.raises(UsageError, match="at least 1"):
+        ngrams(row(1), 0)
