@@ -165,9 +165,8 @@ class Workload:
     def _generate(self, temperature: str, batch: int) -> tuple[Callable[[], Any], int, float]:
         import jax
 
-        from calm.core import generate
         from calm.core.choose import from_temperature
-        from calm.core.generate import SpecialIds
+        from calm.core.generate import SpecialIds, generate
         from calm.core.predictor import NextVector
         from calm.rng import row_keys
 

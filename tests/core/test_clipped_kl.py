@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from calm.core import clipped_kl
+from calm.core.clipped_kl import clipped_kl
 
 
 def test_each_dimension_counts_at_least_the_clamp_and_has_no_gradient_below_it():

@@ -6,11 +6,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from calm.core import generate
 from calm.core.autoencoder import Autoencoder, AutoencoderConfig
 from calm.core.backbone import BackboneConfig
 from calm.core.energy_head import EnergyHeadConfig
-from calm.core.generate import Generated, SpecialIds, stream
+from calm.core.generate import Generated, SpecialIds, generate, stream
 from calm.core.latent_lm import LatentLM, LatentLMConfig
 from calm.core.predictor import NextVector
 from calm.core.sampler import PlainSampler

@@ -6,13 +6,12 @@ import jax
 import numpy as np
 import pytest
 
-from calm.core import generate
 from calm.core.autoencoder import AutoencoderConfig
 from calm.core.backbone import BackboneConfig
 from calm.core.counts import BestOfN
 from calm.core.energy_head import EnergyHeadConfig
 from calm.core.exact import ExactTemperature
-from calm.core.generate import SpecialIds, stream
+from calm.core.generate import SpecialIds, generate, stream
 from calm.core.latent_lm import LatentLMConfig
 from calm.core.predictor import NextVector
 from calm.core.sampler import OutOfDraws

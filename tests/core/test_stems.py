@@ -6,10 +6,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from calm.core import generate
 from calm.core.autoencoder import AutoencoderConfig
 from calm.core.backbone import BackboneConfig
-from calm.core.generate import SpecialIds
+from calm.core.generate import SpecialIds, generate
 from calm.core.latent_lm import LatentLMConfig
 from calm.core.objective import LatentLossConfig, LatentObjective
 from calm.core.predictor import NextVector

@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from calm.core import generate
 from calm.core.backbone import BackboneConfig
-from calm.core.generate import SpecialIds
+from calm.core.generate import SpecialIds, generate
 from calm.core.predictor import NextVector
 from calm.core.steps import Model, prepare
 from calm.dual.drafting import Drafting, Work, alone, cost, draft

@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from calm.core import generate
-from calm.core.generate import SpecialIds
+from calm.core.generate import SpecialIds, generate
 from calm.dual.router import Router, RouterConfig
 from calm.dual.routing import route
 from calm.dual.speculation import uniforms_of

@@ -10,8 +10,8 @@ import pytest
 from flax import nnx
 
 from calm import config as configuration
-from calm.core import clipped_kl
 from calm.core.autoencoder import Autoencoder, AutoencoderConfig, HierarchicalAutoencoder
+from calm.core.clipped_kl import clipped_kl
 from calm.core.objective import AutoencoderLossConfig, AutoencoderObjective
 from calm.core.posterior import Gaussian, PowerSpherical
 from calm.errors import UsageError

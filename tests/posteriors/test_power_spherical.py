@@ -10,7 +10,7 @@ import scipy.integrate
 import scipy.special
 import scipy.stats
 
-from calm.core import clipped_kl
+from calm.core.clipped_kl import clipped_kl
 from calm.core.energy_score import FIDELITIES, diversity, energy_loss, energy_parts, fidelity_second_order
 from calm.core.posterior import POSTERIORS, PowerSpherical
 from calm.posteriors.power_spherical import MAX_SHARPNESS

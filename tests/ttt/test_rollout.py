@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from calm.core import generate
 from calm.core.decoder import ScoringTable
+from calm.core.generate import generate
 from calm.decoders.context_decoder import ContextDecoderConfig
 from calm.errors import UsageError
 from calm.rng import row_keys

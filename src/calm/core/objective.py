@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from calm.core import clipped_kl
 from calm.core.autoencoder import Autoencoder, AutoencoderConfig, HierarchicalAutoencoder
+from calm.core.clipped_kl import clipped_kl
 from calm.core.cross_entropy import fused_cross_entropy
 from calm.core.dense import Dense, Precision, dense_flops
 from calm.core.energy_score import Fidelity, energy_parts

@@ -17,8 +17,8 @@ import jax
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-from calm.core import generate as generate_tokens
 from calm.core.generate import SpecialIds
+from calm.core.generate import generate as generate_tokens
 from calm.core.predictor import NextVector
 from calm.dual.drafting import Drafting, alone, checked_models, cost, draft, sum_of
 from calm.dual.router import Router, RouterConfig

@@ -11,9 +11,8 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from calm.core import generate
 from calm.core.brier_lm import TextProtocol, brier_argmax
-from calm.core.generate import HasSpecialIds
+from calm.core.generate import HasSpecialIds, generate
 from calm.core.intervals import BlockSums, bootstrap
 from calm.core.predictor import sample_chunks
 from calm.core.sampler import StepKeys

@@ -15,7 +15,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from calm.core import generate
+from calm.core.generate import generate
 from calm.core.intervals import BlockSums
 from calm.core.predictor import Predictor
 from calm.core.sampler import Sampler

@@ -10,10 +10,10 @@ import jax
 import numpy as np
 from jaxtyping import Float
 
-from calm.core import generate as generate_tokens
 from calm.core.autoencoder import Autoencoder
 from calm.core.choose import DEFAULT_BUDGET, from_temperature
 from calm.core.generate import Generated
+from calm.core.generate import generate as generate_tokens
 from calm.core.generate import stream as stream_tokens
 from calm.core.latent_lm import LatentLM
 from calm.core.predictor import Decoding, NextVector, Predictor

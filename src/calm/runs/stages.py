@@ -12,10 +12,10 @@ import jax
 import numpy as np
 
 from calm import config as configuration
-from calm.core import generate
 from calm.core.autoencoder import Autoencoder, AutoencoderConfig
 from calm.core.brier_lm import TextProtocol
 from calm.core.dense import Precision
+from calm.core.generate import generate
 from calm.core.latent_lm import LatentLM, LatentLMConfig
 from calm.core.objective import AutoencoderLossConfig, AutoencoderObjective, LatentLossConfig, LatentObjective
 from calm.core.predictor import NextVector, Predictor
