@@ -1,20 +1,18 @@
 """The study of latent spaces: one autoencoder for each cell and seed, what it is scored on, and the model that stands on it."""
 
 import dataclasses
-import functools
 
 import pytest
 
 import tiny
 from calm import config
 from calm.runs.stages import AutoencoderRun, LatentLMRun, load_run_config
-from calm.studies import catalogue as studies
 from calm.studies import latent_spaces
 from calm.studies.latent_spaces import SPACES, LatentSpaceStudy, autoencoders, by_level, language_models
 from calm.studies.scoring import LanguageModelScore
-from calm.studies.study import Place, Request, Study
+from calm.studies.study import Place, Request
 
-RECIPE = functools.partial(studies.pure_run, auxiliary_weight=1.0)
+RECIPE = LatentSpaceStudy().recipe
 
 
 def test_cells_differ_in_their_autoencoder_and_in_nothing_else(tmp_path):
@@ -36,8 +34,6 @@ def test_cells_differ_in_their_autoencoder_and_in_nothing_else(tmp_path):
         ]
         assert len({config.to_toml(dataclasses.replace(cell.run, autoencoder="")) for cell in cells}) == 1
         assert all(cell.budget == 8e13 and cell.run.loss.auxiliary_weight == 1 for cell in cells)
-    study = studies.get("latent-spaces")
-    assert isinstance(study, Study) and isinstance(study, LatentSpaceStudy)
 
 
 def test_a_lower_level_has_a_row_of_its_own():
@@ -78,7 +74,7 @@ def test_sphere_and_levels_from_end_to_end(tiny_runs, tmp_path, monkeypatch):
 
     monkeypatch.setattr(latent_spaces, "autoencoder_run", small)
     score = LanguageModelScore(precision="float32", split="valid", max_tokens=768, bound_samples=2)
-    options = dict(name="latent-spaces", data=str(stage_1.data), score=score, say=lambda _: None)
+    options = dict(name="latent-spaces", data=str(stage_1.data), score=score, log=lambda _: None)
     request = Request(out=tmp_path, only=("spherical-k4", "hierarchical-k16"), **options)
     found = LatentSpaceStudy(recipe=recipe).run(request)
     assert [(result["cell"], result["seed"]) for result in found["results"]] == [

@@ -1,20 +1,21 @@
-"""Does changing weights for a prompt say more of what is wanted than the same FLOPs spent otherwise?
+"""Weight updates for a prompt compared with the same FLOPs spent otherwise.
 
-For every concept, number of inner steps and seed, held-out prompts are continued in every way of `calm.alignment`: standard,
-aligned, and by each control; best of S has as many texts as the adaptation and its one text cost. What counts is the opinion
-of a classifier of decoded text that was trained on another split, does not see the concept's own words, and is never optimised
-(`calm.ttt.text_judge`). Beside it stand fluency by an independent token model, repetition, and the shares of the concept's
-words and of function words. Intervals are bootstraps over prompts; ways are compared prompt by prompt.
+For every concept, number of inner steps and seed, held-out prompts are continued in every variant of `calm.ttt.align`:
+standard, aligned, and by each control; best of S has as many texts as the adaptation and its one text cost. The result is
+the opinion of a classifier of decoded text that was trained on another split, does not see the concept's own words, and is
+never optimised (`calm.ttt.text_judge`), next to fluency by an independent token model, repetition, and the shares of the
+concept's words and of function words. Intervals are bootstraps over prompts; variants are compared prompt by prompt.
 
-What the critic knows of a concept comes from the train split, what the classifier knows from valid, and the prompts from the
-split that is scored.
+The critic learns a concept from the train split, the classifier from valid, and the prompts are of the split scored.
 """
 
 import dataclasses
+import functools
+import itertools
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -141,38 +142,43 @@ def text_judge(model: bundle.Bundle, data: str, words: Sequence[str], length: in
 # -- the study --------------------------------------------------------------------------------------------------------
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True)
 class AlignmentStudy:
     """Concepts by numbers of inner steps, and a picture of gain against cost."""
 
-    summary: str = "weight updates for a prompt against the same FLOPs spent otherwise"
-    options: frozenset[str] = frozenset(("data", "model", "concept", "judge", "split", "texts"))
     steps: tuple[int, ...] = STEPS
+    options: ClassVar[frozenset[str]] = frozenset(("data", "model", "concept", "judge", "split", "texts"))
 
-    def run(self, request: Request) -> dict[str, Any]:
-        """One cell for each concept, number of inner steps and seed."""
+    def cells(self, request: Request) -> dict[str, AlignmentRun]:
+        """`CONCEPT-steps-STEPS` -> its configuration, named by the concept's first word."""
         if request.model is None:
             raise UsageError(f"experiment {request.name}: needs --model, the run of a latent language model")
         concepts = tuple(request.concepts) or CONCEPTS
-        cells = {f"{_short(concept)}-steps-{steps}": (concept, steps) for concept in concepts for steps in self.steps}
-        if len(cells) < len(concepts) * len(self.steps):
+        if len(set(map(_short, concepts))) < len(concepts):
             raise UsageError(f"experiment {request.name}: two concepts begin with the same word, and cells are named by it")
-        results = []
-        for seed in request.seeds:
-            for name in request.chosen(list(cells)):
-                concept, steps = cells[name]
-                settings = dict(model=request.model, data=str(request.data), judge=request.score.judge or "", concept=concept)
-                chosen = dict(split=request.score.split, seed=seed, seal=SealConfig(inner_steps=steps))
-                prompts: dict[str, Any] = {"prompts": request.score.texts} if request.score.texts else {}
-                run = AlignmentRun(**settings, **chosen, **prompts)
-                work: Callable[[], dict[str, Any]] = lambda run=run: run_cell(run)  # noqa: E731
-                request.say(f"{name} seed {seed}")
-                result = cell_result(cell_folder(request.out, name, seed), run, work, request.say)
-                results += [] if result is None else [{"cell": name, **rolled_back(result)}]
+        base = AlignmentRun(
+            model=request.model, data=str(request.data), judge=request.score.judge or "", split=request.score.split
+        )
+        base = dataclasses.replace(base, prompts=request.score.texts or base.prompts)
+        return {
+            f"{_short(concept)}-steps-{steps}": dataclasses.replace(base, concept=concept, seal=SealConfig(inner_steps=steps))
+            for concept in concepts
+            for steps in self.steps
+        }
+
+    def run(self, request: Request) -> dict[str, Any]:
+        """One cell for each concept, number of inner steps and seed."""
+        cells, results = self.cells(request), []
+        for seed, name in itertools.product(request.seeds, request.chosen(list(cells))):
+            request.log(f"{name} seed {seed}")
+            run = dataclasses.replace(cells[name], seed=seed)
+            result = cell_result(cell_folder(request.out, name, seed), run, functools.partial(run_cell, run), request.log)
+            if result is not None:
+                results.append({"cell": name, **rolled_back(result)})
         if not results:
             return request.written([], f"{request.name}: no cell is done yet")
         picture(results, request.out / f"{request.name}.png")
-        return request.written(results, summary_of(results, f"{request.name}: {self.summary}"))
+        return request.written(results, report(results, request.title))
 
 
 def rolled_back(result: dict[str, Any]) -> dict[str, Any]:
@@ -206,7 +212,7 @@ def against(results: Sequence[dict[str, Any]], one: str, two: str) -> Interval:
     return paired_bootstrap(first, second, [_mean])[0]
 
 
-def summary_of(results: Sequence[dict[str, Any]], title: str) -> str:
+def report(results: Sequence[dict[str, Any]], title: str) -> str:
     """A table for each number of steps, and in words whether weight updates are above best of S."""
     parts = [title]
     for steps in dict.fromkeys(result["steps"] for result in results):
