@@ -124,14 +124,14 @@ def test_a_cell_runs_once_and_is_read_back(tiny_runs, tmp_path):
     tokenizer = str(tiny_runs / "data" / "tokenizer.json")
     tiny.run("data", "prepare", "--source", str(tmp_path / "text"), "--out", data, "--tokenizer", tokenizer)
     words = ["experiment", "align", "--data", data, "--model", str(tiny_runs / "lm"), "--concept", "king,road", "--texts", "2"]
-    words += ["--out", str(out), "--only", "king-steps-1"]
+    words += ["--out", str(out), "--only", "king-steps-3"]
     first = tiny.run(*words)
     (cell,) = first["results"]
-    assert cell["cell"] == "king-steps-1" and set(cell["ways"]) == {*WAYS, ROLLED_BACK} and cell["texts_of_best"] >= 1
+    assert cell["cell"] == "king-steps-3" and set(cell["ways"]) == {*WAYS, ROLLED_BACK} and cell["texts_of_best"] >= 1
     assert all(len(way["judge"]) == 2 for way in cell["ways"].values()) and len(set(cell["example"].values())) > 1
     assert (out / "align.png").is_file() and "Weight updates" in (out / "align.md").read_text()
-    before = (out / "king-steps-1" / "seed-0" / "result.json").stat().st_mtime_ns
+    before = (out / "king-steps-3" / "seed-0" / "result.json").stat().st_mtime_ns
     assert tiny.run(*words)["summary"] == first["summary"]
-    assert (out / "king-steps-1" / "seed-0" / "result.json").stat().st_mtime_ns == before
-    code, found, _ = tiny.calm(*words[:-2], "--only", "king-steps-1", "--split", "valid")
+    assert (out / "king-steps-3" / "seed-0" / "result.json").stat().st_mtime_ns == before
+    code, found, _ = tiny.calm(*words[:-2], "--only", "king-steps-3", "--split", "valid")
     assert code == 2 and "other settings" in found["error"]

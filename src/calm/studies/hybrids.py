@@ -113,7 +113,7 @@ def state_bytes(config: BackboneConfig, context: int) -> int:
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
 
 
-def costs(folder: Path) -> dict[str, float]:
+def costs(folder: Path) -> dict[str, int | float]:
     """Weights, width, tokens per second of training (the median of its records) and state bytes of a trained run."""
     run = load_run_config(folder)
     assert isinstance(run, LatentLMRun)
