@@ -1,4 +1,4 @@
-"""What each letter of a backbone's pattern costs, and how near the reasoner's one-step gradient is to the full one.
+"""Cost of each letter of a backbone's pattern, and the reasoner's one-step gradient compared with the full one.
 
 python benchmarks/backbones.py            # the tables of docs/backbones.md, at D = 256
 """
@@ -19,7 +19,7 @@ def main() -> None:
 
 
 def letters() -> None:
-    """Parameters, FLOPs and state of each mixer alone; shapes only."""
+    """Prints parameters, FLOPs and state of each mixer alone, from shapes."""
     import jax
     from flax import nnx
 
@@ -42,8 +42,8 @@ def letters() -> None:
 
 
 def gradients(seed: int) -> None:
-    """Cosine between the one-step and the full gradient of a random linear loss, the controller's last layer drawn at several
-    scales: the farther it has moved from 0, the more of the gradient goes through the first segment."""
+    """Prints the cosine between the one-step and the full gradient of a random linear loss, for several scales of the
+    controller's last layer: the larger the scale, the more of the gradient passes through the first segment."""
     import jax
     import jax.numpy as jnp
     from flax import nnx

@@ -1,10 +1,10 @@
-"""What each head makes of a small law that is known exactly, after a short training.
+"""Samples of each head after a short training on a small distribution that is known exactly.
 
     python -m benchmarks.heads [--steps 1000]
 
 Two hidden states. After the first, the latent is N(+2, .3^2) in every dimension with probability .7, else N(-2, .3^2); after
-the second it is N(1, .3^2). Printed: loss of the last step, seconds of training, the share of the first mode, how many samples
-are in neither (more than 1 away from both in some dimension), and mean and standard deviation after the second hidden state.
+the second it is N(1, .3^2). Printed are the loss of the last step, seconds of training, the share of the first mode, the
+share in neither (more than 1 away from both in some dimension), and mean and standard deviation after the second state.
 """
 
 import argparse
@@ -36,7 +36,7 @@ DIM, LATENT, ROWS, STD = 32, 8, 256, 0.3
 
 
 def draw(key: Any, contexts: Any) -> tuple[Any, Gaussian]:
-    """A batch of hidden states and of posteriors as sharp as the law's modes."""
+    """A batch of hidden states and of posteriors as sharp as the distribution's modes."""
     which, sign = jax.random.split(key)
     which = jax.random.bernoulli(which, 0.5, (ROWS, 1))
     far = jnp.where(jax.random.bernoulli(sign, 0.7, (ROWS, 1)), 2.0, -2.0)
@@ -45,6 +45,7 @@ def draw(key: Any, contexts: Any) -> tuple[Any, Gaussian]:
 
 
 def measure(config: HeadConfig, steps: int) -> list[str]:
+    """The columns of a head's row."""
     graphdef, params = nnx.split(config.build(DIM, LATENT, rngs=nnx.Rngs(0)))
     contexts = jax.random.normal(jax.random.key(9), (2, DIM))
     optimizer = optax.adam(optax.cosine_decay_schedule(3e-3, steps))

@@ -1,9 +1,9 @@
-"""Every fast path beside its plain twin, in turn on the same arrays: milliseconds and their ratio.
+"""Every fast path and its plain twin, in turn on the same arrays: milliseconds and their ratio.
 
     python -m benchmarks.kernels [--json] [--repeats 15]
 
-The sizes are those of the tiny model (`benchmarks.throughput`). Twins are timed A B A B, and the medians compared, so that a
-machine that is busy for a moment is busy for both. That the twins agree in values and gradients is what the tests hold.
+The sizes are those of the tiny model (`benchmarks.throughput`). Twins are timed A B A B and their medians compared, so that a
+momentary load affects both. That they agree in values and gradients is tested in tests/.
 """
 
 import argparse
@@ -99,7 +99,7 @@ def cases() -> dict[str, Case]:
 
 
 def _dispatch() -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """The Python time of one call of a compiled function of 16 small layers."""
+    """One call of a compiled function of 16 small layers, whose time is Python's."""
 
     def layer(rngs: nnx.Rngs) -> ResidualSwiGLU:
         return ResidualSwiGLU(8, 8, precision="float32", rngs=rngs)
@@ -122,7 +122,7 @@ def _dispatch() -> tuple[Callable[..., Any], Callable[..., Any]]:
 
 
 def milliseconds(call: Callable[..., Any], arguments: tuple[Any, ...]) -> float:
-    """One call, waited for."""
+    """Wall time of one call, until its result is ready."""
     began = time.perf_counter()
     jax.block_until_ready(call(*arguments))
     return 1e3 * (time.perf_counter() - began)

@@ -1,9 +1,9 @@
-"""What a step costs, and how large the state is, when much has been read: patterns with attention and without.
+"""Time of a step and size of the state after a long text, for patterns with attention and without.
 
 python benchmarks/long_context.py         # the table and the picture of docs/backbones.md; half a minute of one core
 
-One row, a backbone of width 64 and two layers with its layers taken apart as for generation. The state is made for a context of
-so many positions and the step measured is that of the last one, so nothing has to be read first.
+One row, a backbone of width 64 and two layers, unstacked as for generation. The state has room for the whole context and the
+step measured is that of its last position, so no text has to be read first.
 """
 
 import argparse
@@ -21,7 +21,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--contexts", type=int, nargs="+", default=list(CONTEXTS))
     parser.add_argument(
-        "--steps", type=int, default=50, help="timed steps; the fastest counts, since other work on the machine can only add"
+        "--steps", type=int, default=50, help="timed steps, of which the fastest counts: other load only adds time"
     )
     parser.add_argument("--picture", type=Path, default=PICTURE)
     options = parser.parse_args()
@@ -36,7 +36,7 @@ def main() -> None:
 
 @functools.cache
 def built(pattern: str) -> tuple[Any, Any]:
-    """The configuration and a new model of it."""
+    """Configuration and a new model of a pattern."""
     from flax import nnx
 
     from calm.hybrid.backbone import HybridConfig
@@ -73,7 +73,7 @@ def measure(pattern: str, context: int, steps: int) -> tuple[float, int]:
 
 
 def draw(contexts: list[int], found: dict[str, list[tuple[float, int]]], path: Path) -> None:
-    """Both quantities over the context, in logarithms."""
+    """Draws both quantities over the context, on logarithmic axes."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

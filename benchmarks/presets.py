@@ -3,9 +3,9 @@
     python -m benchmarks.presets wikitext2-tiny wikitext2-tiny-hybrid             # the table of docs/backbones.md
     python -m benchmarks.presets hybrid-107m hybrid-97m --token --rows 1           # as token models, one row a step
 
-Text is random tokens: nothing depends on what they say, and no data has to be prepared. Model, loss and length of a row are the
-preset's, its batch too unless `--rows` says otherwise; the autoencoder behind a latent model is untrained. A rate is the median
-over repeated steps after a warm-up; the share is of the best product of this machine at the precision that is used.
+Text is random tokens, so no data has to be prepared. Model, loss and length of a row are the preset's, and its batch unless
+`--rows` is given; the autoencoder of a latent model is untrained. A rate is the median over repeated steps after a warm-up;
+the share is of the best matrix product of this machine at the same precision.
 """
 
 import argparse
@@ -24,7 +24,7 @@ def vocabulary(tokenizer: str) -> int:
     """Entries of the tokenizer that a preset is meant for.
 
     Raises:
-        UsageError: it is a file, whose size the preset does not say.
+        UsageError: it is a file, whose vocabulary the preset does not give.
     """
     from calm.errors import UsageError
 
@@ -32,12 +32,14 @@ def vocabulary(tokenizer: str) -> int:
         return WORDS
     kind, _, size = tokenizer.partition(":")
     if kind != "bpe":
-        raise UsageError(f"a preset for the tokenizer {tokenizer!r} says no size of a vocabulary, so its step cannot be built")
+        raise UsageError(
+            f"a preset for the tokenizer {tokenizer!r} does not give the size of a vocabulary, so its step cannot be built"
+        )
     return int(size)
 
 
 def objective_of(name: str, token: bool, precision: Any) -> tuple[Any, Any]:
-    """What a preset's language model is trained by, and the run's training settings."""
+    """Objective of a preset's language model, and the run's training settings."""
     from flax import nnx
 
     from calm.core.objective import LatentObjective
@@ -98,7 +100,7 @@ def main() -> None:
 
 
 def each(options: argparse.Namespace) -> None:
-    """Each preset in a process of its own, the machine's rate measured right before it; the first that fails ends it."""
+    """Measures each preset in a process of its own, after the machine's rate; exits at the first that fails."""
     for name in options.presets:
         words = ["--one", "--rows", str(options.rows), "--seconds", str(options.seconds), *["--token"] * options.token]
         code = subprocess.run([sys.executable, "-m", "benchmarks.presets", name, *words]).returncode
@@ -107,8 +109,7 @@ def each(options: argparse.Namespace) -> None:
 
 
 def one(options: argparse.Namespace) -> None:
-    """Measures and prints."""
-
+    """Measures one preset and prints its line."""
     from calm.train.matrix_rate import choose_precision, probe
 
     rates = probe(seconds=4.0)

@@ -1,9 +1,9 @@
-"""Samplers on laws that are known: bias by enumeration, cost by closed form; and what choosing costs beside decoding.
+"""Samplers on known distributions: bias by enumeration, cost in closed form; and time of choosing beside decoding.
 
     python -m benchmarks.samplers [--json] [--rows 8] [--candidates 200]
 
-Three tables: the total variation of the batch sampler's exact law to its target, and its share of fallbacks, at
-P = (.4, .3, .2, .1); the average draws of the exact sampler; and the time of one step's parts on this machine, for a head and a
+Three tables: total variation between the batch sampler's exact distribution and its target, with its share of fallbacks, at
+P = (.4, .3, .2, .1); average draws of the exact sampler; and the time of one step's parts on this machine, for head and
 decoder of the size of the `tiny` preset, V = 8192.
 """
 
@@ -38,7 +38,7 @@ def bias() -> list[dict[str, Any]]:
 
 
 def costs() -> list[dict[str, Any]]:
-    """Average draws of the exact sampler on three laws."""
+    """Average draws of the exact sampler on three distributions."""
     from calm.core.laws import expected_draws
 
     zipf = {size: 1 / np.arange(1, size + 1) for size in (100, 100_000)}
@@ -51,7 +51,7 @@ def costs() -> list[dict[str, Any]]:
 
 
 def times(rows: int, candidates: int) -> list[dict[str, Any]]:
-    """Milliseconds of drawing and of choosing, for all rows together."""
+    """Milliseconds of drawing and of choosing, for all rows at once."""
     import jax
     import jax.numpy as jnp
     from flax import nnx
@@ -87,7 +87,7 @@ def times(rows: int, candidates: int) -> list[dict[str, Any]]:
         return ModelSource(model, table, "argmax", hidden, previous, history, alive)
 
     class Drawn:
-        """Candidates that are there already: few different ones, as a trained model has."""
+        """Source of given candidates, few of them different, as of a trained model."""
 
         alive = jnp.ones((rows,), bool)
 

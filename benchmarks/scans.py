@@ -1,9 +1,9 @@
-"""What a recurrence costs in training: a state of its own per channel against one decay per head in chunks of products.
+"""Cost of a recurrence in training: a decay for every number of the state, or one per head in chunks of products.
 
     python -m benchmarks.scans [--repeats 7] [--only scans mixers hybrids]
 
-Milliseconds of processor time (not of the clock: other work on the machine changes it less), the smallest of the repeats, for
-values and all gradients of 4 rows of 512 positions at D = 256. Pin it to one core: `taskset -c 1 python -m benchmarks.scans`.
+Milliseconds of processor time (less sensitive to other load than wall time), the smallest of the repeats, for values and all
+gradients of 4 rows of 512 positions at D = 256. Pin it to one core: `taskset -c 1 python -m benchmarks.scans`.
 """
 
 import argparse
@@ -39,13 +39,13 @@ def milliseconds(call: Callable[..., Any], arguments: tuple[Any, ...], repeats: 
 
 
 def trained(run: Callable[..., jax.Array], arguments: tuple[Any, ...], repeats: int) -> str:
-    """Columns: values, values and gradients."""
+    """Table cells: time of values, time of values and gradients."""
     slope = jax.grad(lambda *z: (run(*z) ** 2).sum(), tuple(range(len(arguments))))
     return f"{milliseconds(run, arguments, repeats):.1f} | {milliseconds(slope, arguments, repeats):.1f}"
 
 
 def per_channel(x: jax.Array, step: jax.Array, rate: jax.Array, b: jax.Array, c: jax.Array) -> jax.Array:
-    """Mamba's scan: decay exp(-step_t * rate), one rate for each of I x X numbers; the states are not kept."""
+    """Mamba's scan: decay exp(-step_t * rate), one rate for each of I x X numbers; states are not kept."""
 
     def forward(state: jax.Array, now: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
         x, step, b, c = now
@@ -57,6 +57,7 @@ def per_channel(x: jax.Array, step: jax.Array, rate: jax.Array, b: jax.Array, c:
 
 
 def scans(repeats: int) -> None:
+    """Prints the scans alone."""
     inner = 2 * D
     print("| scan, inner width 512 | X | values | and gradients |\n|---|---|---|---|")
     for states in (16, 32, 64):
@@ -88,7 +89,7 @@ def rate_of(flops: int, spent: str, precision: str) -> str:
 
 
 def mixers(repeats: int) -> None:
-    """One mixer of each letter alone."""
+    """Prints one mixer of each letter alone."""
     print("\n| mixer | operands | values | and gradients | GFLOP/s | of a product's |\n|---|---|---|---|---|---|")
     config, at = HybridConfig(dim=D), Window(jnp.int32(0), jnp.zeros((B,), jnp.int32))
     known = {letter: config.mixer(letter) for letter in "ACHGS"}
@@ -101,7 +102,7 @@ def mixers(repeats: int) -> None:
 
 
 def hybrids(repeats: int) -> None:
-    """Two layers of a backbone, SwiGLU and norms included."""
+    """Prints two layers of a backbone, SwiGLU and norms included."""
     print("\n| pattern, 2 layers | operands | values | and gradients | GFLOP/s | of a product's |\n|---|---|---|---|---|---|")
     for pattern in ("A", "S", "SHA", "C,H"):
         for precision in ("float32", "bfloat16"):

@@ -2,10 +2,10 @@
 
     python -m benchmarks.throughput [--json] [--size tiny|small] [--row NAME] [--seconds 10]
 
-Every row runs in a process of its own, so that its peak memory is its own. Text is random tokens: nothing depends on what
-they say. A row's rate is the median over repeated calls after a warm-up; `of rate` is its analytic FLOP/s over the best
-matrix rate, measured by this program before the rows. Published figures were taken on two cores whose best bfloat16 rate was
-1740 GFLOP/s; `vs published` compares after scaling them by this machine's best rate over that one.
+Every row runs in a process of its own, so that its peak memory is its own, on random tokens. A row's rate is the median over
+repeated calls after a warm-up; `of rate` is its analytic FLOP/s over the best matrix rate, measured by this program before
+the rows. Published figures were taken on two cores whose best bfloat16 rate was 1740 GFLOP/s; `vs published` compares after
+scaling them by this machine's best rate over that one.
 """
 
 import argparse
@@ -40,7 +40,7 @@ VOCABULARY, BLOCK, CANDIDATES, NEW_TOKENS = 8192, 1024, 200, 256
 
 @dataclasses.dataclass(frozen=True)
 class Size:
-    """What the two sizes are: width and Z of the autoencoder; width, layers, head blocks of the LM; rows of its batch."""
+    """Width and Z of the autoencoder; width, layers and head blocks of the language model; rows of its batch."""
 
     width: int
     latent_dim: int
@@ -169,7 +169,7 @@ class Workload:
 
         predictor, sampler = NextVector(self.autoencoder, self._lm()), from_temperature(temperature, CANDIDATES)
         prompts = list(self._tokens(batch)[:, :64])
-        # random weights would end a text at any moment: an end id that is never written keeps the work the same
+        # random weights could end a text at any moment; an end id outside the vocabulary keeps the work the same
         special = SpecialIds(begin_id=0, end_id=VOCABULARY, mask_id=2)
         draws = getattr(sampler, "num_candidates", 1)
         flops = (self.lm_config.flops(self.context // 4, draws) + draws * self.decode_flops) / self.chunk_size

@@ -10,7 +10,7 @@ from calm.core.latent_lm import LatentLMConfig
 from calm.core.predictor import NextVector
 from calm.core.transformer import TransformerConfig
 from calm.decoders.context_decoder import ContextDecoderConfig
-from calm.ttt.critic import ConceptCritic
+from calm.ttt.critic import DirectionCritic
 from random_models import random_model
 
 V, K, Z = 37, 3, 6
@@ -28,6 +28,6 @@ def next_vector(stem: str = "discrete", writer: ContextDecoderConfig | None = No
     return NextVector(random_model(codec, precision=precision), random_model(model, seed=1, precision=precision))
 
 
-def concept(seed: int = 0) -> ConceptCritic:
+def concept(seed: int = 0) -> DirectionCritic:
     direction = np.random.default_rng(seed).standard_normal(Z)
-    return ConceptCritic(jnp.zeros(Z), jnp.asarray(direction / np.linalg.norm(direction), jnp.float32))
+    return DirectionCritic(jnp.zeros(Z), jnp.asarray(direction / np.linalg.norm(direction), jnp.float32))

@@ -8,8 +8,8 @@ import pytest
 
 import tiny
 from calm.runs import bundle
-from calm.ttt import align as alignment
-from calm.ttt.report import AlignmentReport, Way
+from calm.ttt.align import AlignmentReport, Comparison, Variant
+from calm.ttt.concept import combined_critic, concept_critic
 from calm.ttt.seal import SealConfig
 from random_models import normal
 
@@ -62,8 +62,8 @@ def report_of(values):
         lists = {"texts": tuple, "prompts": tuple, "steps": tuple}
         return {name: lists.get(name, np.array)(x) if isinstance(x, list) else x for name, x in values.items()}
 
-    ways = tuple(Way(**fields(way)) for way in values.pop("ways"))
-    return AlignmentReport(**fields(values), ways=ways)
+    ways = tuple(Variant(**fields(way)) for way in values.pop("ways"))
+    return AlignmentReport(**fields(values), variants=ways)
 
 
 @pytest.mark.slow
@@ -81,30 +81,28 @@ def test_controls_are_run_by_the_same_command(tiny_runs):
 
 def test_the_critics_best_of_several_aligned_texts_is_kept_and_paid_for(tiny_runs):
     model = bundle.load(tiny_runs / "lm")
-    critic, _ = alignment.wanted_critic(model, "cat,dog")
+    critic, _ = concept_critic(model, "cat,dog")
     one, three = (
-        alignment.Writer(
-            model, SealConfig(samples=2, chunks=2, inner_steps=2, texts=texts), ["The cat", "A"], critic, max_tokens=12
-        )
+        Comparison(model, SealConfig(samples=2, chunks=2, inner_steps=2, texts=texts), ["The cat", "A"], critic, max_tokens=12)
         for texts in (1, 3)
     )
-    rewired = three.rewire(critic)
-    every, kept = three.act(rewired.changes, num_texts=3), three.best(rewired.changes)
+    adaptation = three.adapt(critic)
+    every, kept = three.write(adaptation.changes, num_texts=3), three.best(adaptation.changes)
     np.testing.assert_array_equal(kept.rewards[:, 0], every.rewards.max(1))
-    assert kept.chunks.shape == one.best(rewired.changes).chunks.shape and np.ptp(every.rewards, axis=1).min() > 0
-    assert three.cost.total == one.cost.rewire + 3 * (one.cost.text + one.cost.judging) > one.cost.total
+    assert kept.chunks.shape == one.best(adaptation.changes).chunks.shape and np.ptp(every.rewards, axis=1).min() > 0
+    assert three.cost.total == one.cost.adaptation + 3 * (one.cost.text + one.cost.judging) > one.cost.total
     assert three.cost.texts > one.cost.texts
 
 
 def test_critics_from_folders_add_up_with_their_weights(tiny_runs, critics):
     model = bundle.load(tiny_runs / "lm")
     folders = [f"{critics / 'trained'}=2", str(critics / "concept")]
-    both, said = alignment.gather_critic(model, critics=folders)
+    both, said = combined_critic(model, critics=folders)
     assert said == f"2 times critic {critics / 'wanted.txt'} + critic cat,dog"
     latents = jnp.asarray(normal(3, 2, 4, 8))
-    one, two = (alignment.gather_critic(model, critics=[str(critics / name)])[0] for name in ("trained", "concept"))
+    one, two = (combined_critic(model, critics=[str(critics / name)])[0] for name in ("trained", "concept"))
     np.testing.assert_allclose(both(latents), 2 * one(latents) + two(latents), rtol=1e-5)
-    by_words, said = alignment.gather_critic(model, ["cat,dog=-1"], by="direction")
+    by_words, said = combined_critic(model, ["cat,dog=-1"], by="direction")
     np.testing.assert_allclose(by_words(latents), -two(latents), atol=1e-5)
     assert said.startswith("-1 times concept cat,dog (")
 

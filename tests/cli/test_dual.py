@@ -66,16 +66,16 @@ def test_a_router_is_fitted_scored_saved_and_writes(pair, tmp_path):
 
 def test_the_costs_of_routing_count_what_both_models_read(pair):
     """CALM and router at every chunk, the token model at every token; a chunk by CALM saves the token model's logits alone."""
-    from calm.dual import pair as dual
+    from calm.dual.pair import load_pair, routing_costs
     from calm.dual.router import RouterConfig
     from calm.evaluate.flops import next_vector_inference
 
-    both = dual.load(*pair)
+    both = load_pair(*pair)
     token_lm, predictor = both.models
     router, lm, size = RouterConfig(dim=16), predictor.lm.config, predictor.chunk_size
     parts = next_vector_inference(lm, predictor.autoencoder.config, 64 // size)
     position, logits = token_lm.config.flops(64), 2 * token_lm.config.width * token_lm.config.vocab_size
-    by_chunk, by_token = dual.route_costs(both, router, 64)
+    by_chunk, by_token = routing_costs(both, router, 64)
     assert by_token == pytest.approx(parts.backbone + router.flops() / size + position)
     assert by_chunk - by_token == pytest.approx(parts.head + parts.writing - logits)
 
@@ -102,7 +102,7 @@ def test_two_tokenizers_are_refused(pair, tiny_runs, tmp_path):
     """Of the same size, so that nothing else tells them apart."""
     import shutil
 
-    from calm.dual import pair as dual
+    from calm.dual.pair import load_pair
     from calm.errors import UsageError
 
     other = tmp_path / "other"
@@ -113,7 +113,7 @@ def test_two_tokenizers_are_refused(pair, tiny_runs, tmp_path):
     swap[first], swap[second] = swap[second], swap[first]
     (other / "tokenizer.json").write_text(json.dumps(tokenizer))
     with pytest.raises(UsageError, match="trained with two tokenizers"):
-        dual.load(other, pair[1])
+        load_pair(other, pair[1])
 
 
 @pytest.mark.parametrize(

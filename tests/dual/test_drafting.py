@@ -12,10 +12,10 @@ from flax import nnx
 from calm.core.generate import SpecialIds, generate
 from calm.core.predictor import NextVector
 from calm.core.steps import Model, prepare
-from calm.dual.drafting import Work, alone, cost, draft
-from calm.dual.speculation import Drafting, Proposer, Speculation, uniforms_of
+from calm.core.transformer import TransformerConfig
+from calm.dual.drafting import Work, draft, drafting_cost, token_model_cost
+from calm.dual.speculation import Drafting, Proposer, Speculation, draw_uniforms
 from calm.errors import UsageError
-from calm.hybrid.backbone import HybridConfig
 from calm.rng import row_keys, stream
 from calm.text.chunking import NOTHING, chunk_prompt
 from calm.token.model import TokenLM, TokenLMConfig
@@ -46,7 +46,7 @@ def keys(rows: int = ROWS):
 
 def drafted(writer, law, recipe, prompts, **options):
     options = dict(special=SPECIAL, max_tokens=LENGTH) | options
-    return draft(*models(writer), prompts, keys(len(prompts)), drafting=recipe, law=law, **options)
+    return draft(*models(writer), prompts, keys(len(prompts)), drafting=recipe, sampler=law, **options)
 
 
 def exact_law(token_lm: TokenLM, law: SoftmaxSampler, prompt: list[int], length: int) -> tuple[np.ndarray, np.ndarray]:
@@ -101,7 +101,7 @@ def test_what_both_models_are_sure_of_alike_is_always_kept(writer, law, recipe):
     else:
         for layer in filter(None, (pair[1].lm.context_decoder.out, pair[1].lm.context_decoder.copy)):
             layer.kernel[...] *= 0.0
-    result = draft(*pair, [[2, 3, 4]] * ROWS, keys(), special=SPECIAL, max_tokens=LENGTH, drafting=recipe, law=law)
+    result = draft(*pair, [[2, 3, 4]] * ROWS, keys(), special=SPECIAL, max_tokens=LENGTH, drafting=recipe, sampler=law)
     work = result.work
     assert work.accepted == work.proposed
     passes = -(-LENGTH // (K + 1)) if recipe.boundaries == "moved" else 1 + -(-(LENGTH - K - 1) // K)
@@ -120,7 +120,7 @@ def of_each_latent(predictor: NextVector, key, chunks, at, previous, targets, pl
 def twin(writer, law, recipe, prompt, key) -> tuple[list[int], dict[str, int]]:
     """One row of matched drafts in plain Python: both models read the whole text anew at every step."""
     token_lm, predictor = models(writer)
-    numbers = np.asarray(uniforms_of(key, LENGTH + K + 1).choice)
+    numbers = np.asarray(draw_uniforms(key, LENGTH + K + 1).choice)
     begins = [] if prompt else [SPECIAL.begin_id] * K  # what an empty prompt is stays in front of what is written
     text, written, counts = list(prompt), 0, dict(passes=0, proposed=0, accepted=0)
     while written < LENGTH:
@@ -197,23 +197,23 @@ def test_drafts_of_several_latents_follow_the_mixture_of_what_each_would_write(w
     for seed in range(12):
         draft, written, numbers, log_probs = run(weights, jax.random.key(seed))
         of_chunk = np.exp(log_probs).prod(1).mean() / np.exp(log_probs)[:, :known].prod(1).mean()
-        found = np.prod([draft.laws[place, written[known + place]] for place in range(K - known)])
+        found = np.prod([draft.probs[place, written[known + place]] for place in range(K - known)])
         np.testing.assert_allclose(found, of_chunk, rtol=1e-4)
-        np.testing.assert_allclose(draft.laws[: K - known].sum(-1), 1, rtol=1e-5)
-        by_laws = draw_places(numbers[: K - known, None], draft.laws[: K - known])[:, 0]
-        np.testing.assert_array_equal(written, np.append([5, 4][:known], by_laws))
+        np.testing.assert_allclose(draft.probs[: K - known].sum(-1), 1, rtol=1e-5)
+        by_probs = draw_places(numbers[: K - known, None], draft.probs[: K - known])[:, 0]
+        np.testing.assert_array_equal(written, np.append([5, 4][:known], by_probs))
 
 
 def test_a_target_whose_state_is_a_recurrence_is_rewound():
     """What a rejected draft left behind is gone: the text is that of the same model alone."""
-    backbone = HybridConfig(dim=8, num_layers=2, pattern="G,C", num_heads=2, num_kv_heads=2, inner_dim=8)
+    backbone = TransformerConfig(dim=8, num_layers=2, pattern="G,C", num_heads=2, num_kv_heads=2, inner_dim=8)
     config = TokenLMConfig(vocab_size=V, backbone=backbone)
     graphdef, params = nnx.split(nnx.jit(lambda: config.build(rngs=nnx.Rngs(0)))())
     token_lm = nnx.merge(graphdef, jax.tree.map(lambda x: 3 * x if x.ndim > 1 else x, params))
     options = dict(special=SPECIAL, max_tokens=LENGTH)
     prompts, law = [[2, 3, 4], [], [5, 5]], SoftmaxSampler()
     recipe = Drafting(rule="match", num_latents=2)
-    result = draft(token_lm, models("both")[1], prompts, keys(3), drafting=recipe, law=law, **options)
+    result = draft(token_lm, models("both")[1], prompts, keys(3), drafting=recipe, sampler=law, **options)
     plain = generate(token_lm, prompts, keys(3), sampler=law, decoding="drawn", **options)
     np.testing.assert_array_equal(result.tokens, plain.tokens)
     assert 0 < result.work.accepted < result.work.proposed
@@ -272,11 +272,11 @@ def test_the_cost_counts_positions_read_for_nothing_and_states_kept_for_other_bo
     work = Work(tokens=10, passes=6, proposed=9, accepted=4, chunks=5, plans=4, places=9)
     position, logits = target.config.flops(context), 2 * 8 * V
     chunk, latents = lm.flops(context // K, 0), lm.flops(context // K, 3) - lm.flops(context // K, 0)
-    found = cost(target, proposer, work, recipe, prompt_tokens=4, context=context)
+    found = drafting_cost(target, proposer, work, recipe, prompt_tokens=4, context=context)
     assert found.target == (6 * (K + 1) * position + 4 * (position - logits)) / 10
     assert found.proposer == ((5 + 4 / K) * chunk + 4 * (latents + 3 * codec.decoder_flops())) / 10
     assert found.drafts == 9 * 3 * codec.vocabulary_flops() / K / 10
     assert found.total == found.target + found.proposer + found.drafts
-    moved = cost(target, proposer, work, Drafting(num_latents=3, boundaries="moved"), prompt_tokens=4, context=context)
+    moved = drafting_cost(target, proposer, work, Drafting(num_latents=3, boundaries="moved"), prompt_tokens=4, context=context)
     assert np.isclose(moved.proposer - found.proposer, (K - 1) * (4 / K) * chunk / 10)
-    assert alone(target, prompt_tokens=4, tokens=10, context=context) == position + 4 * (position - logits) / 10
+    assert token_model_cost(target, prompt_tokens=4, tokens=10, context=context) == position + 4 * (position - logits) / 10

@@ -14,7 +14,7 @@ from calm.core.latent_lm import LatentLMConfig
 from calm.core.predictor import NextVector
 from calm.core.transformer import TransformerConfig
 from calm.decoders.context_decoder import ContextDecoderConfig
-from calm.dual.router_training import ChunkScores, RouterTraining, measure_routing, score_chunks, thresholds, train_router
+from calm.dual.router import ChunkScores, RouterTraining, measure_routing, score_chunks, thresholds, train_router
 from calm.errors import UsageError
 from calm.evaluate.brier import evaluate_predictor
 from calm.token.model import TokenLMConfig
@@ -77,10 +77,10 @@ def test_a_router_finds_the_gap_on_text_that_it_has_not_seen(found):
     """Nearly what the noise leaves of the correlation; shares are met; it stands between the coin and the oracle."""
     held, router, _, report = found
     gap = held.gap("nats")
-    foretold = np.asarray(router(jnp.asarray(held.hidden)))
+    predicted = np.asarray(router(jnp.asarray(held.hidden)))
     knowable = np.corrcoef((np.tanh(held.hidden[..., 0]) + 0.5 * held.hidden[..., 1]).ravel(), gap.ravel())[0, 1]
     assert report.correlation > 0.95 * knowable
-    assert abs(foretold.mean() - gap.mean()) < 0.3 and abs(foretold.std() / gap.std() - knowable) < 0.15  # in its own units
+    assert abs(predicted.mean() - gap.mean()) < 0.3 and abs(predicted.std() / gap.std() - knowable) < 0.15  # in its own units
     for point in report.points[1:-1]:
         assert abs(point.share - point.asked) < 0.08
         assert point.oracle_nats < point.nats.estimate < point.coin_nats

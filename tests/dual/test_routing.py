@@ -9,7 +9,7 @@ from flax import nnx
 from calm.core.generate import SpecialIds, generate
 from calm.dual.router import Router, RouterConfig
 from calm.dual.routing import route
-from calm.dual.speculation import uniforms_of
+from calm.dual.speculation import draw_uniforms
 from calm.errors import UsageError
 from calm.rng import row_keys
 from calm.text.chunking import chunk_prompt
@@ -33,7 +33,7 @@ def random_router(dim: int = 8) -> Router:
 
 
 def routed(threshold: float, writer: str = "hidden", special: SpecialIds = SPECIAL, **options):
-    options = dict(max_tokens=LENGTH, law=SoftmaxSampler(top_k=1), decoding="argmax") | options
+    options = dict(max_tokens=LENGTH, token_sampler=SoftmaxSampler(top_k=1), decoding="argmax") | options
     return route(*models(writer), random_router(), PROMPTS, keys(), special=special, threshold=threshold, **options)
 
 
@@ -47,7 +47,7 @@ def test_every_chunk_is_that_of_the_model_whose_turn_it_is():
     as what is most probable, so that the text alone decides it."""
     token_lm, predictor = models("hidden")
     router, law = random_router(), SoftmaxSampler(temperature=1.5)
-    result = routed(THRESHOLD, law=law)
+    result = routed(THRESHOLD, token_sampler=law)
     starts = [(row, chunk) for row in range(len(PROMPTS)) for chunk in range(LENGTH // K)]
     begins = [SPECIAL.begin_id] * K  # the empty prompt
     before = [[*(PROMPTS[row] or begins), *result.tokens[row, : K * chunk].tolist()] for row, chunk in starts]
@@ -58,7 +58,7 @@ def test_every_chunk_is_that_of_the_model_whose_turn_it_is():
         chunks = chunk_prompt(np.array(text, np.int32), K, SPECIAL.begin_id)
         padded = jnp.asarray(np.pad(chunks, ((0, 10 - len(chunks)), (0, 0))))
         turns[row, chunk] = router(hidden_at(predictor, padded, len(chunks) - 1)) > THRESHOLD
-        numbers = np.asarray(uniforms_of(keys()[row], LENGTH).choice)
+        numbers = np.asarray(draw_uniforms(keys()[row], LENGTH).choice)
         if turns[row, chunk]:
             for place in range(K * chunk, K * chunk + K):
                 read = text if PROMPTS[row] else text[K:]
@@ -80,7 +80,7 @@ def test_one_model_alone_writes_what_it_writes_without_a_router():
         float("-inf"): generate(token_lm, PROMPTS, keys(), sampler=SoftmaxSampler(), decoding="drawn", **options),
     }
     for threshold, plain in alone.items():
-        result = routed(threshold, "both", law=SoftmaxSampler(), decoding="drawn", **options)
+        result = routed(threshold, "both", token_sampler=SoftmaxSampler(), decoding="drawn", **options)
         for name in ("tokens", "lengths", "ended"):
             np.testing.assert_array_equal(getattr(result, name), getattr(plain, name), err_msg=name)
         assert set(result.by_tokens / result.chunks) == {float(threshold < 0)}

@@ -7,8 +7,8 @@ import pytest
 
 import tiny
 from calm.errors import UsageError
-from calm.studies import catalogue as studies
-from calm.studies.alignment import ROLLED_BACK, against, fluency_cost, picture, pooled, rolled_back, summary_of, verdict
+from calm.studies import catalogue
+from calm.studies.alignment import ROLLED_BACK, against, fluency_cost, picture, pooled, report, rolled_back, verdict
 from calm.studies.study import Request
 from calm.ttt.align import CONTROLS
 
@@ -51,7 +51,7 @@ def test_costs_that_cancel_in_the_mean_stand_apart_by_concept():
         one["ways"]["standard"]["fluency"], one["ways"]["aligned"]["fluency"] = [[2.0, 1.0]] * 40, [[bits, 1.0]] * 40
         found.append(one)
     assert fluency_cost(found, "aligned").estimate == pytest.approx(0.0, abs=1e-9)
-    text = summary_of(found, "align")
+    text = report(found, "align")
     lines = [line for line in text.splitlines() if line.split()[1:2] == ["aligned"]]
     war, river = (next(line for line in lines if line.startswith(name)) for name in ("war", "river"))
     assert "20.0 [20.0, 20.0]" in war and "-20.0 [-20.0, -20.0]" in river
@@ -95,7 +95,7 @@ def test_texts_that_read_much_worse_give_way_to_the_standard_ones_and_both_are_p
 
 def test_the_table_has_every_way_and_the_picture_is_drawn(tmp_path):
     results = [result(steps, 0, {"aligned": 1.0}) for steps in (1, 3)]
-    text = summary_of(results, "align")
+    text = report(results, "align")
     assert all(f"\n{name}" in text for name in ("standard", "aligned", "best of 4", "steering")) and "3 inner steps" in text
     assert text.count("Weight updates beat") == 2 and text.count("undone where") == 2
     picture(results, tmp_path / "gain.png")
@@ -103,7 +103,7 @@ def test_the_table_has_every_way_and_the_picture_is_drawn(tmp_path):
 
 
 def test_a_study_without_a_model_and_concepts_of_one_name_are_refused(tmp_path):
-    study = studies.get("align")
+    study = catalogue.get("align")
     with pytest.raises(UsageError, match="needs --model"):
         study.run(Request(name="align", out=tmp_path, data="data"))
     with pytest.raises(UsageError, match="two concepts begin with the same word"):
@@ -124,14 +124,14 @@ def test_a_cell_runs_once_and_is_read_back(tiny_runs, tmp_path):
     tokenizer = str(tiny_runs / "data" / "tokenizer.json")
     tiny.run("data", "prepare", "--source", str(tmp_path / "text"), "--out", data, "--tokenizer", tokenizer)
     words = ["experiment", "align", "--data", data, "--model", str(tiny_runs / "lm"), "--concept", "king,road", "--texts", "2"]
-    words += ["--out", str(out), "--only", "king-steps-1"]
+    words += ["--out", str(out), "--only", "king-steps-3"]
     first = tiny.run(*words)
     (cell,) = first["results"]
-    assert cell["cell"] == "king-steps-1" and set(cell["ways"]) == {*WAYS, ROLLED_BACK} and cell["texts_of_best"] >= 1
+    assert cell["cell"] == "king-steps-3" and set(cell["ways"]) == {*WAYS, ROLLED_BACK} and cell["texts_of_best"] >= 1
     assert all(len(way["judge"]) == 2 for way in cell["ways"].values()) and len(set(cell["example"].values())) > 1
     assert (out / "align.png").is_file() and "Weight updates" in (out / "align.md").read_text()
-    before = (out / "king-steps-1" / "seed-0" / "result.json").stat().st_mtime_ns
+    before = (out / "king-steps-3" / "seed-0" / "result.json").stat().st_mtime_ns
     assert tiny.run(*words)["summary"] == first["summary"]
-    assert (out / "king-steps-1" / "seed-0" / "result.json").stat().st_mtime_ns == before
-    code, found, _ = tiny.calm(*words[:-2], "--only", "king-steps-1", "--split", "valid")
+    assert (out / "king-steps-3" / "seed-0" / "result.json").stat().st_mtime_ns == before
+    code, found, _ = tiny.calm(*words[:-2], "--only", "king-steps-3", "--split", "valid")
     assert code == 2 and "other settings" in found["error"]

@@ -10,12 +10,11 @@ from calm.core.transformer import TransformerConfig
 from calm.errors import UsageError
 from calm.hybrid.backbone import of_pattern
 from calm.runs.stages import LatentLMRun, load_run_config
-from calm.studies import catalogue as studies
 from calm.studies import hybrids
 from calm.studies.hybrids import HybridStudy, cells, equal_size, state_bytes, with_backbone
 from calm.studies.runner import autoencoder_flops, sized
 from calm.studies.scoring import LanguageModelScore
-from calm.studies.study import Place, Request, Study
+from calm.studies.study import Place, Request
 
 BACKBONE = TransformerConfig(dim=64, num_layers=2, inner_dim=172)
 MODEL = LatentLMConfig(vocab_size=300, chunk_size=4, latent_dim=8, backbone=BACKBONE)
@@ -68,21 +67,20 @@ def test_the_cells_are_of_one_budget_and_of_one_size(recipe):
             assert cell.budget is None and cell.run.train.steps == steps
         else:
             assert cell.budget == budget and cell.run == with_backbone(base, pattern=name)
-    study = studies.get("hybrids")
-    assert isinstance(study, Study) and study == HybridStudy(recipe=studies.written_run)
 
 
 @pytest.mark.slow
 def test_a_study_of_tiny_runs_says_what_each_costs(recipe, tmp_path, monkeypatch):
-    monkeypatch.setattr(hybrids.LanguageModelStudy, "autoencoders", lambda self, place: [])
+    monkeypatch.setattr(HybridStudy, "autoencoders", lambda self, place: [])
+    monkeypatch.setattr(hybrids, "context_decoder_run", recipe)
     score = LanguageModelScore(split="valid", max_tokens=384, precision="float32", bound_samples=0)
     request = Request(
-        name="hybrids", out=tmp_path, data=recipe(None, 4).data, only=("A", "SHA-size"), score=score, say=lambda line: None
+        name="hybrids", out=tmp_path, data=recipe(None, 4).data, only=("A", "SHA-size"), score=score, log=lambda line: None
     )
-    found = HybridStudy(recipe=recipe).run(request)
+    found = HybridStudy().run(request)
     first, other = found["results"]
     assert first["trained_tokens_per_second"] > 0 and first["state_bytes"] != other["state_bytes"]
     assert other["parameters"] == pytest.approx(first["parameters"], rel=0.03)
     assert "state, bytes" in found["summary"] and "BrierLM" in found["summary"]
     assert (tmp_path / "hybrids.md").read_text() == found["summary"] + "\n"
-    assert HybridStudy(recipe=recipe).run(request) == found
+    assert HybridStudy().run(request) == found

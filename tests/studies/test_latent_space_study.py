@@ -1,20 +1,18 @@
 """The study of latent spaces: one autoencoder for each cell and seed, what it is scored on, and the model that stands on it."""
 
 import dataclasses
-import functools
 
 import pytest
 
 import tiny
 from calm import config
 from calm.runs.stages import AutoencoderRun, LatentLMRun, load_run_config
-from calm.studies import catalogue as studies
 from calm.studies import latent_spaces
 from calm.studies.latent_spaces import SPACES, LatentSpaceStudy, autoencoders, by_level, language_models
 from calm.studies.scoring import LanguageModelScore
-from calm.studies.study import Place, Request, Study
+from calm.studies.study import Place, Request
 
-RECIPE = functools.partial(studies.pure_run, auxiliary_weight=1.0)
+RECIPE = LatentSpaceStudy().recipe
 
 
 def test_cells_differ_in_their_autoencoder_and_in_nothing_else(tmp_path):
@@ -27,17 +25,15 @@ def test_cells_differ_in_their_autoencoder_and_in_nothing_else(tmp_path):
     models = {cell.name.removeprefix("autoencoder-"): cell.run.model for cell in (first, *others)}
     assert list(models) == list(SPACES)
     assert dataclasses.replace(models["spherical-k4"], posterior="gaussian") == models["gaussian-k4"]
-    assert dataclasses.replace(models["hierarchical-k16"].lower, chunk_size=16, latent_dim=256) == models["gaussian-k16"]
-    assert [others[-1].run.model.lower_weight, others[-2].run.model.lower_weight] == [0.0, 1.0]
+    assert dataclasses.replace(models["hierarchical-k16"], lower_chunk_size=0) == models["gaussian-k16"]
+    assert [others[-1].run.loss.lower_weight, others[-2].run.loss.lower_weight] == [0.0, 1.0]
     for seed in (0, 3):
         cells = language_models(place, 8e13, seed, RECIPE)
         assert [cell.run.autoencoder for cell in cells] == [
             str(tmp_path / f"autoencoder-{name}/seed-{seed}") for name in SPACES
         ]
         assert len({config.to_toml(dataclasses.replace(cell.run, autoencoder="")) for cell in cells}) == 1
-        assert all(cell.budget == 8e13 and cell.run.loss.weight("auxiliary") == 1 for cell in cells)
-    study = studies.get("latent-spaces")
-    assert isinstance(study, Study) and isinstance(study, LatentSpaceStudy)
+        assert all(cell.budget == 8e13 and cell.run.loss.auxiliary_weight == 1 for cell in cells)
 
 
 def test_a_lower_level_has_a_row_of_its_own():
@@ -78,7 +74,7 @@ def test_sphere_and_levels_from_end_to_end(tiny_runs, tmp_path, monkeypatch):
 
     monkeypatch.setattr(latent_spaces, "autoencoder_run", small)
     score = LanguageModelScore(precision="float32", split="valid", max_tokens=768, bound_samples=2)
-    options = dict(name="latent-spaces", data=str(stage_1.data), score=score, say=lambda _: None)
+    options = dict(name="latent-spaces", data=str(stage_1.data), score=score, log=lambda _: None)
     request = Request(out=tmp_path, only=("spherical-k4", "hierarchical-k16"), **options)
     found = LatentSpaceStudy(recipe=recipe).run(request)
     assert [(result["cell"], result["seed"]) for result in found["results"]] == [

@@ -10,8 +10,8 @@ from calm import config
 from calm.evaluate.loss_curves import LossCurves
 from calm.hybrid.hopfield import HopfieldConfig
 from calm.runs import presets
-from calm.studies import catalogue as studies
 from calm.studies import loss_kinds
+from calm.studies.loss_kinds import LossKindStudy
 from calm.studies.runner import Cell
 from calm.studies.scoring import LanguageModelScore
 from calm.studies.study import Place, Request
@@ -19,13 +19,12 @@ from calm.studies.study import Place, Request
 
 def test_the_cells_are_one_model_under_four_losses():
     place = Place("data", Path("out"))
-    cells = loss_kinds.cells(place, 1e12)
+    cells = LossKindStudy().cells(place, 1e12)
     assert [cell.name for cell in cells] == ["calm", "rf", "calm_rf", "calm_rf-2"]
     weights = [(cell.run.loss.weight("energy"), cell.run.loss.weight("direction")) for cell in cells]
     assert weights == [(1.0, 0.0), (0.0, 1.0), (1.0, 0.1), (1.0, 2.0)]
     blank = [dataclasses.replace(cell.run, loss=cells[0].run.loss) for cell in cells]
     assert blank == [blank[0]] * 4 and all(cell.budget == 1e12 for cell in cells)
-    assert type(studies.get("losses")) is loss_kinds.LossKindStudy
 
 
 @pytest.mark.parametrize(
@@ -63,9 +62,10 @@ def test_parts_are_read_at_the_best_checkpoint(tmp_path):
 @pytest.mark.timeout(900)
 def test_the_table_has_the_parts_at_the_checkpoint_that_is_scored(tiny_runs, tmp_path, monkeypatch):
     """One cell of it, trained for a few steps at the smallest size."""
+    every = LossKindStudy.cells
 
-    def small(place: Place, budget: float | None) -> list[Cell]:
-        (cell,) = [cell for cell in loss_kinds.cells(place, budget) if cell.name == "rf"]
+    def small(self, place: Place, budget: float | None) -> list[Cell]:
+        (cell,) = [cell for cell in every(self, place, budget) if cell.name == "rf"]
         run = cell.run
         backbone = dataclasses.replace(
             run.model.backbone,
@@ -83,12 +83,12 @@ def test_the_table_has_the_parts_at_the_checkpoint_that_is_scored(tiny_runs, tmp
         loss = dataclasses.replace(run.loss, num_samples=2)
         return [dataclasses.replace(cell, run=dataclasses.replace(run, model=model, train=train, loss=loss))]
 
-    monkeypatch.setattr(loss_kinds.LanguageModelStudy, "autoencoders", lambda self, place: [])
-    monkeypatch.setattr(loss_kinds.LanguageModelStudy, "run", _with_cells(small))
+    monkeypatch.setattr(LossKindStudy, "autoencoders", lambda self, place: [])
+    monkeypatch.setattr(LossKindStudy, "cells", small)
     monkeypatch.setattr(Place, "autoencoder", lambda self, chunk_size: tiny_runs / "autoencoder")
     score = LanguageModelScore(precision="float32", split="valid", max_tokens=384, bound_samples=0)
     request = Request(name="losses", out=tmp_path, data=str(tiny_runs / "data"), score=score)
-    found = loss_kinds.LossKindStudy().run(request)
+    found = LossKindStudy().run(request)
     (result,) = found["results"]
     folder = tmp_path / "rf" / "seed-0"
     best = json.loads((folder / "best.json").read_text())["step"]
@@ -97,8 +97,3 @@ def test_the_table_has_the_parts_at_the_checkpoint_that_is_scored(tiny_runs, tmp
     assert result["rf_loss"] == arrays["valid_rf_loss"][at] and result["d_fid"] == arrays["valid_d_fid"][at]
     assert 0 < result["gate_mean"] < 1 and "gate_mean" in (tmp_path / "losses.md").read_text()
     assert "brier_lm" in result
-
-
-def _with_cells(cells):
-    original = loss_kinds.LanguageModelStudy.run
-    return lambda self, request: original(dataclasses.replace(self, cells=cells), request)

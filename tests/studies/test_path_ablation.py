@@ -12,13 +12,21 @@ from calm.errors import UsageError
 from calm.hybrid.backbone import HybridConfig
 from calm.hybrid.taps import tapped
 from calm.runs.stages import LatentLMRun, TokenLMRun, load_run_config
-from calm.studies import catalogue as studies
 from calm.studies import path_ablation
-from calm.studies.ablation_report import ablation_csv, draw_ablation
-from calm.studies.path_ablation import FULL, RETRAINED, AblationStudy, cells, first_segments, maskings, summary_of
+from calm.studies.path_ablation import (
+    CELLS,
+    FULL,
+    PathAblationStudy,
+    ablation_csv,
+    cells,
+    draw_ablation,
+    first_segments,
+    maskings,
+    report,
+)
 from calm.studies.runner import Cell
 from calm.studies.scoring import LanguageModelScore
-from calm.studies.study import Request, Study
+from calm.studies.study import Request
 from calm.token.likelihood import token_likelihood
 from calm.token.model import TokenLM, TokenLMConfig
 
@@ -78,11 +86,10 @@ def test_the_maskings_are_those_of_the_description(lm, blocks):
 
 def test_the_cells_differ_in_pattern_and_segments():
     every = {cell.name: cell.run for cell in cells("data", 1e13) if isinstance(cell.run, TokenLMRun)}
-    assert {name: (run.model.backbone.pattern, run.model.backbone.num_segments) for name, run in every.items()} == RETRAINED
+    assert {name: (run.model.backbone.pattern, run.model.backbone.num_segments) for name, run in every.items()} == CELLS
     assert {run.model.backbone.pattern for run in every.values()} == {"S", "H", "A", "SH", "SA", "HA", "SHA"}
     assert len({dataclasses.replace(run.model, backbone=BACKBONE) for run in every.values()}) == 1
     assert len({run.train for run in every.values()}) == 1
-    assert isinstance(AblationStudy(), Study) and studies.get("ablation") == AblationStudy()
 
 
 def test_the_two_kinds_are_told_apart(tmp_path):
@@ -92,16 +99,16 @@ def test_the_two_kinds_are_told_apart(tmp_path):
         {"cell": FULL, "seed": 1, "nats_per_token": 4.5, "masked": {"full": 4.5, "only S": 9.5}, **common},
         {"cell": "S", "seed": 0, "nats_per_token": 4.25, "masked": {}, **common},
     ]
-    text = summary_of("ablation", results)
+    text = report("ablation", results)
     retrained, masked = text.split("MASKED AT INFERENCE")
     assert "RETRAINED" in retrained and "4.250" in retrained and "9.81" not in retrained
     row = next(line for line in masked.splitlines() if line.startswith("only S"))
     assert "9.250" in row and "5.000 ± 0.000" in row and row.endswith("9.81")
-    assert summary_of("ablation", []) == "ablation: no cell is done yet"
+    assert report("ablation", []) == "ablation: no cell is done yet"
     rows = ablation_csv(results).splitlines()
     assert rows[0] == "kind,cell,masked,seed,nats" and len(rows) == 1 + 3 + 4
     assert "retrained,S,,0,4.250000" in rows and "masked at inference,SHA-3,only S,1,9.500000" in rows
-    draw_ablation(results, FULL, path_ablation.DESCRIBED, tmp_path / "ablation.png")
+    draw_ablation(results, tmp_path / "ablation.png")
     assert (tmp_path / "ablation.png").stat().st_size > 5000
 
 
@@ -122,11 +129,11 @@ def tiny_cells(tiny_runs):
 def test_a_study_of_tiny_runs_has_both_kinds_and_is_read_back(tiny_cells, tmp_path, monkeypatch):
     monkeypatch.setattr(path_ablation, "cells", lambda data, budget: tiny_cells)
     score = LanguageModelScore(split="valid", max_tokens=384, precision="float32")
-    request = Request(name="ablation", out=tmp_path, data=tiny_cells[0].run.data, score=score, say=lambda line: None)
-    first = AblationStudy().run(request)
+    request = Request(name="ablation", out=tmp_path, data=tiny_cells[0].run.data, score=score, log=lambda line: None)
+    first = PathAblationStudy().run(request)
     by_cell = {each["cell"]: each for each in first["results"]}
     assert set(by_cell[FULL]["masked"]) >= set(path_ablation.DESCRIBED) and by_cell["A"]["masked"] == {}
     assert by_cell[FULL]["masked"]["full"] == by_cell[FULL]["nats_per_token"] > 0
     assert (tmp_path / "ablation.md").read_text() == first["summary"] + "\n"
     assert (tmp_path / "results.csv").read_text() == ablation_csv(first["results"])
-    assert AblationStudy().run(request) == first
+    assert PathAblationStudy().run(request) == first

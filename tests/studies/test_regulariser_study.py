@@ -8,12 +8,11 @@ import pytest
 
 from calm.core.transformer import TransformerConfig
 from calm.runs.stages import LatentLMRun, TokenLMRun, load_run_config
-from calm.studies import catalogue as studies
 from calm.studies import regularisers
-from calm.studies.regularisers import RegulariserStudy, cells, collapsed, summary_of, worst_rise
+from calm.studies.regularisers import RegulariserStudy, cells, collapsed, report, worst_rise
 from calm.studies.runner import Cell
 from calm.studies.scoring import LanguageModelScore
-from calm.studies.study import Request, Study
+from calm.studies.study import Request
 from calm.token.model import TokenLMConfig
 from calm.token.objective import TokenLossConfig, TokenObjective
 from calm.train.run_folder import read_records
@@ -40,7 +39,6 @@ def test_the_cells_differ_in_one_thing_each_and_in_all():
         "all": {"label_smoothing", "z_weight", "flow_weight", "ema_decay"},
     }
     assert len({dataclasses.replace(run.train, ema_decay=0.0) for run in every.values()}) == 1
-    assert isinstance(RegulariserStudy(), Study) and studies.get("regularisers") == RegulariserStudy()
     for run in every.values():
         model = dataclasses.replace(run.model, vocab_size=100)
         objective = TokenObjective(model, run.loss, context=run.train.num_tokens)
@@ -80,14 +78,14 @@ def test_the_summary_holds_cells_against_their_own_rate_and_says_when_nothing_co
         result("flow-both-learning_rate=0.1", 1, nats_per_token=5.75),
         {"cell": "flow-both-learning_rate=0.9", "seed": 0, "tokens": 1, "diverged": "x", "collapsed": ["diverged"]},
     ]
-    text = summary_of("study", results)
+    text = report("study", results)
     rows = {line.split("  ")[0]: line for line in text.splitlines() if " of " in line}
     assert "0.250 ± 0.000" in rows["flow-both-learning_rate=0.1"] and "0 of 2" in rows["flow-both-learning_rate=0.1"]
     assert "1 of 1" in rows["none-learning_rate=0.9"] and "marginal" in rows["none-learning_rate=0.9"]
     assert "diverged" in rows["flow-both-learning_rate=0.9"]
     assert "nothing to prevent" not in text
-    assert "nothing to prevent" in summary_of("study", results[:2])
-    assert summary_of("study", []) == "study: no cell is done yet"
+    assert "nothing to prevent" in report("study", results[:2])
+    assert report("study", []) == "study: no cell is done yet"
 
 
 def test_a_study_of_tiny_runs_is_scored_goes_on_and_keeps_what_diverged(tiny_runs, tmp_path, monkeypatch):
@@ -103,7 +101,7 @@ def test_a_study_of_tiny_runs_is_scored_goes_on_and_keeps_what_diverged(tiny_run
     monkeypatch.setattr(regularisers, "cells", lambda data, budget: [Cell(name=name, run=run) for name, run in runs.items()])
     monkeypatch.setattr(regularisers, "TEXTS", 2)
     score = LanguageModelScore(split="valid", max_tokens=384, precision="float32")
-    request = Request(name="regularisers", out=tmp_path, data=latent.data, score=score, say=lambda line: None)
+    request = Request(name="regularisers", out=tmp_path, data=latent.data, score=score, log=lambda line: None)
     first = RegulariserStudy().run(request)
     by_cell = {each["cell"]: each for each in first["results"]}
     assert by_cell["flow"]["collapsed"] == ["diverged"] and "not finite" in by_cell["flow"]["diverged"]

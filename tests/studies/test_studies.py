@@ -2,7 +2,10 @@
 
 import dataclasses
 import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,9 +15,9 @@ from calm.core.transformer import TransformerConfig
 from calm.decoders.context_decoder import ContextDecoderConfig
 from calm.errors import UsageError
 from calm.runs.stages import LatentLMRun, TokenLMRun, load_run_config
-from calm.studies import catalogue as studies
-from calm.studies import runner
-from calm.studies.runner import Cell, autoencoder_flops, flops_per_token, grid, parse_axes, run_cells, sized, taken
+from calm.studies import catalogue, runner
+from calm.studies.catalogue import Listing
+from calm.studies.runner import Cell, autoencoder_flops, flops_per_token, grid, locked, parse_axes, run_cells, sized
 from calm.studies.scoring import WRITING_COLUMNS, over_seeds, results_table
 from calm.studies.study import LanguageModelStudy, Place, Request, _held_out
 from calm.token.model import TokenLMConfig
@@ -78,25 +81,25 @@ def test_a_study_runs_each_cell_once_and_goes_on_after_a_failure(tiny_runs, tmp_
         return {"brier_lm": 1.0}
 
     with pytest.raises(RuntimeError):
-        run_cells(cells, tmp_path, seeds=(0,), score=score, say=lambda _: None)
+        run_cells(cells, tmp_path, seeds=(0,), score=score, log=lambda _: None)
     checkpoints = sorted((tmp_path / "calm" / "seed-0" / "checkpoints").iterdir())
-    results = run_cells(cells, tmp_path, seeds=(0,), score=score, say=lambda _: None)
+    results = run_cells(cells, tmp_path, seeds=(0,), score=score, log=lambda _: None)
     assert scored == ["token", "calm", "calm"]
     assert sorted((tmp_path / "calm" / "seed-0" / "checkpoints").iterdir()) == checkpoints
     assert [(result["cell"], result["seed"], result["steps"]) for result in results] == [("token", 0, 4), ("calm", 0, 4)]
     longer = [Cell(name="token", run=token_run(tiny_runs), budget=1e12)]
     with pytest.raises(UsageError, match="was run with other settings of train"):
-        run_cells(longer, tmp_path, seeds=(0,), score=score, say=lambda _: None)
+        run_cells(longer, tmp_path, seeds=(0,), score=score, log=lambda _: None)
 
 
 def test_a_cell_that_somebody_else_is_at_is_left_to_them(tiny_runs, tmp_path):
     folder = tmp_path / "token" / "seed-0"
     cells, said = [Cell(name="token", run=token_run(tiny_runs))], []
-    with taken(folder) as mine:  # a lock belongs to an open file, so that one process can play both
+    with locked(folder) as mine:  # a lock belongs to an open file, so that one process can play both
         assert mine
-        assert run_cells(cells, tmp_path, seeds=(0,), score=lambda _: {}, say=said.append) == []
+        assert run_cells(cells, tmp_path, seeds=(0,), score=lambda _: {}, log=said.append) == []
     assert said == ["token seed 0: another process is at it"]
-    with taken(folder) as mine:
+    with locked(folder) as mine:
         assert mine
 
 
@@ -124,18 +127,21 @@ def test_cells_of_one_name_are_refused(tiny_runs, tmp_path):
 
 def test_intervals_over_seeds_are_students():
     assert over_seeds([1.5]) == "1.500"
-    assert over_seeds([1.0, 2.0, 3.0]) == "2.000 ± 2.483"  # 4.303 / sqrt(3)
+    assert over_seeds([1.0, 2.0, 3.0]) == "2.000 ± 2.484"  # 4.3027 / sqrt(3)
+    assert (
+        over_seeds([float(seed) for seed in range(16)]) == "7.500 ± 2.537"
+    )  # 2.1314 * 4.7610 / sqrt(16); 1.96 would give 2.333
     results = [{"cell": "a", "x": 1.0}, {"cell": "b", "x": None}, {"cell": "a", "x": 3.0}]
     lines = results_table(results, {"x": lambda result: result["x"]}).splitlines()
     assert any(line.split()[:3] == ["a", "2", "2.000"] for line in lines) and any(line.split()[-1] == "-" for line in lines)
 
 
-@pytest.mark.parametrize("name", [name for name, study in studies.STUDIES.items() if isinstance(study, LanguageModelStudy)])
+@pytest.mark.parametrize("name", ["chunk-sizes", "recipes", "stems", "reasoner-on-z", "losses"])
 def test_every_study_is_made_of_runs_that_can_be_built(name, tmp_path):
     """Their configurations survive being written and read, and their names differ."""
     from calm import config
 
-    study, place = studies.get(name), Place("data", tmp_path)
+    study, place = catalogue.get(name), Place("data", tmp_path)
     assert isinstance(study, LanguageModelStudy)
     cells = [*study.autoencoders(place), *study.cells(place, 1e12)]
     assert len({cell.name for cell in cells}) == len(cells)
@@ -165,10 +171,13 @@ def test_what_cells_wrote_stands_beside_their_score_and_the_text_itself():
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_study_from_the_command_line(tiny_runs, tmp_path, monkeypatch):
-    def cells(place: Place, budget: float | None) -> list[Cell]:
-        return [Cell(name="token", run=token_run(tiny_runs)), Cell(name="calm", run=latent_run(tiny_runs), budget=budget)]
+    class Small(LanguageModelStudy):
+        chunk_sizes = ()
 
-    monkeypatch.setitem(studies.STUDIES, "stems", LanguageModelStudy(summary="a small one", chunk_sizes=(), cells=cells))
+        def cells(self, place: Place, budget: float | None) -> list[Cell]:
+            return [Cell(name="token", run=token_run(tiny_runs)), Cell(name="calm", run=latent_run(tiny_runs), budget=budget)]
+
+    monkeypatch.setitem(catalogue.STUDIES, "stems", Listing("a small one", Small))
     words = ["--data", str(tiny_runs / "data"), "--out", str(tmp_path), "--split", "valid", "--max-tokens", "768"]
     words += ["--precision", "float32"]
     result = tiny.run("experiment", "stems", *words, "--bound-samples", "2", "--texts", "2", "--speed-tokens", "8")
@@ -187,19 +196,25 @@ def test_a_study_from_the_command_line(tiny_runs, tmp_path, monkeypatch):
     assert code == 2 and "there is no cell 'tokens'; there are: token, calm" in answer["error"]
 
 
-def test_a_study_may_be_anything_that_runs(tmp_path, monkeypatch):
-    """It reads what it says it reads, and what else the command gives is refused."""
+@pytest.fixture
+def count(monkeypatch):
+    """A study of another package, registered by its decorator."""
+    monkeypatch.setattr(catalogue, "STUDIES", dict(catalogue.STUDIES))
 
+    @catalogue.register("count", "how many seeds were asked for")
     class Count:
-        summary, options = "how many seeds were asked for", frozenset(("budget",))
+        options = frozenset(("budget",))
 
         def run(self, request: Request) -> dict:
-            return request.written([{"seeds": len(request.seeds), "budget": request.budget}], "counted")
+            return request.written([{"seeds": len(request.seeds), "budget": request.budget}], request.title)
 
-    monkeypatch.setitem(studies.STUDIES, "count", Count())
+    return Count
+
+
+def test_a_registered_study_runs_and_other_options_are_refused(count, tmp_path):
     result = tiny.run("experiment", "count", "--out", str(tmp_path / "x"), "--seeds", "4", "5", "--budget", "3e9")
     assert result["results"] == [{"seeds": 2, "budget": 3e9}]
-    assert (tmp_path / "x" / "count.md").read_text() == "counted\n"
+    assert (tmp_path / "x" / "count.md").read_text() == "count: how many seeds were asked for\n"
     for words, option in (
         (("--data", "d"), "--data"),
         (("--speed-tokens", "3"), "--speed-tokens"),
@@ -209,3 +224,31 @@ def test_a_study_may_be_anything_that_runs(tmp_path, monkeypatch):
         assert code == 2 and f"count: has no use for {option}; leave it out" in answer["error"]
     with pytest.raises(UsageError, match="seeds must be one or more different numbers"):
         Request(name="count", out=tmp_path, seeds=(1, 1))
+
+
+def test_a_name_is_registered_once(count):
+    assert isinstance(catalogue.get("count"), count)
+    with pytest.raises(UsageError, match="study 'count': the name is taken"):
+        catalogue.register("count", "another")(count)
+
+
+@pytest.mark.parametrize("name", catalogue.STUDIES)
+def test_every_listed_study_exists(name):
+    assert isinstance(catalogue.get(name), catalogue.Study)
+
+
+def test_help_lists_all_studies_without_jax(tmp_path):
+    """Those of the package and one of another module, in a process of its own."""
+    (tmp_path / "depths.py").write_text(
+        "from calm.studies.catalogue import register\n"
+        "@register('depths', 'how many layers')\n"
+        "class Depths:\n    options = frozenset()\n    def run(self, request): ...\n"
+    )
+    code = "import depths, sys; from calm.cli import main; main(['experiment', '--help']); sys.exit('jax' in sys.modules)"
+    paths = os.pathsep.join([str(tmp_path), str(Path(catalogue.__file__).parents[2])])
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    for name, listing in {**catalogue.STUDIES, "depths": Listing("how many layers", object)}.items():
+        assert f"{name:14} {listing.summary}" in done.stdout

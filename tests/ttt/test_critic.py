@@ -14,9 +14,17 @@ from calm.errors import UsageError
 from calm.text.tokenizer import load_tokenizer
 from calm.text.tokenizer_training import train_words
 from calm.ttt.concept import chunks_with, concept_of_texts, concept_of_words, encoded, expected, parse_words
-from calm.ttt.critic import ConceptCritic, ShuffledCritic, as_pytree, checked_rewards, weighted
-from calm.ttt.critic_files import fingerprint, load_critic, save_critic
-from calm.ttt.training import CriticTraining, calibration_error, other_order, read_lines, train_critic
+from calm.ttt.critic import (
+    DirectionCritic,
+    ShuffledCritic,
+    as_pytree,
+    checked_rewards,
+    fingerprint,
+    load_critic,
+    save_critic,
+    weighted,
+)
+from calm.ttt.critic_training import CriticTraining, calibration_error, other_order, read_lines, train_critic
 from random_models import normal, random_model
 
 Z = ttt_models.Z
@@ -55,7 +63,7 @@ def trained(autoencoder, lines):
 
 
 def test_closeness_to_a_concept_is_a_cosine_from_the_general_mean():
-    critic = ConceptCritic(jnp.ones(Z), jnp.eye(Z)[2])
+    critic = DirectionCritic(jnp.ones(Z), jnp.eye(Z)[2])
     at = jnp.ones((1, 1, 2, Z))
     np.testing.assert_allclose(critic(at.at[..., 2].add(3.0)), 1, atol=1e-6)
     np.testing.assert_allclose(critic(at.at[..., 2].add(-3.0)), -1, atol=1e-6)

@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import ttt_models
 from flax import nnx
 
+import ttt_models
 from calm.errors import UsageError
 from calm.train.trees import named_leaves
 from calm.ttt import fast_weights

@@ -127,10 +127,10 @@ def test_adaptation_makes_the_wanted_words_more_likely_and_leaves_the_model_alon
     seal = Seal(predictor, ttt_models.SPECIAL, SealConfig(samples=8, chunks=4, inner_steps=6, rate=0.05))
     prompts, keys = seal.read(ttt_models.PROMPTS), row_keys(jax.random.key(0), 3)
     before = jax.tree.map(np.asarray, seal.params)
-    rewired = seal.rewire(critic, prompts, keys)
-    assert (rewired.after > rewired.before + 0.02).all()
+    adaptation = seal.adapt(critic, prompts, keys)
+    assert (adaptation.after > adaptation.before + 0.02).all()
     standard, aligned = (
-        seal.act(critic, prompts, keys, change, num_chunks=4, num_texts=32) for change in (None, rewired.changes)
+        seal.write(critic, prompts, keys, change, num_chunks=4, num_texts=32) for change in (None, adaptation.changes)
     )
     assert (aligned.chunks < 5).mean() > (standard.chunks < 5).mean()
     jax.tree.map(np.testing.assert_array_equal, before, seal.params)

@@ -5,12 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from calm.core.generate import generate
+from calm.core.generate import generate, laid_out
 from calm.core.vocabulary import ScoringTable
 from calm.decoders.context_decoder import ContextDecoderConfig
 from calm.errors import UsageError
 from calm.rng import row_keys
-from calm.ttt.rollout import begin, draw_noise, futures, lay_out
+from calm.ttt.rollout import draw_noise, futures, read_prompt
 from calm.ttt.seal import Seal, SealConfig
 from ttt_models import PROMPTS, SPECIAL, WRITER, K, V, Z, concept, next_vector
 
@@ -21,32 +21,32 @@ KEYS = row_keys(jax.random.key(3), len(PROMPTS))
 def test_the_first_future_is_what_generation_writes_by_the_same_key(writer):
     predictor = next_vector(writer=writer)
     seal = Seal(predictor, SPECIAL)
-    acted = seal.act(concept(), seal.read(PROMPTS), KEYS, num_chunks=4)
+    written = seal.write(concept(), seal.read(PROMPTS), KEYS, num_chunks=4)
     options = dict(max_tokens=4 * K, decoding=predictor.decoding, banned=[SPECIAL.end_id])
-    written = generate(predictor, PROMPTS, KEYS, special=SPECIAL, **options)
-    np.testing.assert_array_equal(acted.chunks[:, 0].reshape(len(PROMPTS), -1), written.tokens)
-    assert len({tuple(row) for row in written.tokens.tolist()}) > 1
-    assert not np.isin(acted.chunks, [SPECIAL.begin_id, SPECIAL.end_id, SPECIAL.mask_id]).any()
+    generated = generate(predictor, PROMPTS, KEYS, special=SPECIAL, **options)
+    np.testing.assert_array_equal(written.chunks[:, 0].reshape(len(PROMPTS), -1), generated.tokens)
+    assert len({tuple(row) for row in generated.tokens.tolist()}) > 1
+    assert not np.isin(written.chunks, [SPECIAL.begin_id, SPECIAL.end_id, SPECIAL.mask_id]).any()
 
     # neither the order of the prompts nor what stands in their padding matters
     chunks, starts = seal.read(PROMPTS)
     filled = np.where(np.arange(chunks.shape[1])[None, :, None] < starts[:, None, None], 5, chunks)
-    back = seal.act(concept(), type(seal.read(PROMPTS))(filled[::-1], starts[::-1]), KEYS[::-1], num_chunks=4)
-    np.testing.assert_array_equal(back.chunks[::-1], acted.chunks)
-    np.testing.assert_allclose(back.rewards[::-1], acted.rewards, atol=1e-6)
+    back = seal.write(concept(), type(seal.read(PROMPTS))(filled[::-1], starts[::-1]), KEYS[::-1], num_chunks=4)
+    np.testing.assert_array_equal(back.chunks[::-1], written.chunks)
+    np.testing.assert_allclose(back.rewards[::-1], written.rewards, atol=1e-6)
 
 
 def slope(stem, feedback, writer=None):
     """Latents, and the slope of a sum over the last latent against the noise of every step."""
     predictor = next_vector(stem, writer)
-    chunks, starts = lay_out(PROMPTS[:1], K, SPECIAL.begin_id)
-    begun = begin(predictor, jnp.asarray(chunks[0]), jnp.asarray(starts[0]), 2, 3)
+    chunks, starts = laid_out(PROMPTS[:1], K, SPECIAL.begin_id)
+    prompt = read_prompt(predictor, jnp.asarray(chunks[0]), jnp.asarray(starts[0]), 2, 3)
     noise = draw_noise(predictor, jax.random.key(0), 2, 3)
     table = ScoringTable.of(predictor.table, "float32", jnp.arange(V - 3, dtype=jnp.int32))
     weights = jnp.arange(1.0, Z + 1)
 
     def last(latent):
-        written = futures(predictor, begun, noise._replace(latent=latent), table, feedback=feedback)
+        written = futures(predictor, prompt, noise._replace(latent=latent), table, feedback=feedback)
         return (written.latents[0, -1] * weights).sum(), written
 
     with_slope = jax.jit(jax.value_and_grad(last, has_aux=True))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from calm.errors import UsageError
-from calm.ttt.text_judge import BUCKETS, fit_judge
+from calm.ttt.text_judge import BUCKETS, STOP_WORDS, fit_judge, word_counts, words_of
 
 
 def texts(kind, count=60, seed=0):
@@ -51,3 +51,13 @@ def test_decay_shrinks_it_and_nothing_about_it_is_random():
 def test_too_few_texts_are_refused():
     with pytest.raises(UsageError, match="3 wanted texts are too few, it needs 8"):
         fit_judge(texts(SEA, 3), texts(LAND))
+
+
+def test_words_are_letters_with_an_inner_apostrophe():
+    assert words_of("The king's 3 men -- didn't THEY? <unk> x2") == ["the", "king's", "men", "didn't", "they", "unk", "x"]
+
+
+def test_counts_are_of_the_words_asked_for_and_of_all():
+    texts = ["The war of wars", "", "War! War? warm"]
+    np.testing.assert_array_equal(word_counts(texts, {"war"}), [[1, 4], [0, 0], [2, 3]])
+    np.testing.assert_array_equal(word_counts(texts, STOP_WORDS), [[2, 4], [0, 0], [0, 3]])

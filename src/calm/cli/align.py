@@ -12,21 +12,21 @@ from calm.errors import UsageError
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Align:
-    """Imagines futures of a prompt, lets a critic judge them, changes the weights for this prompt alone, and writes.
+    """Draws futures of a prompt, scores them by a critic, changes the weights for this prompt alone, and writes.
 
-    Prints the standard and the aligned text, the reward before and after, how far the text and the model went, what it did to
+    Prints the standard and the aligned text, the reward before and after, how far text and model moved, the effect on
     fluency, and the time. The run itself is never changed.
     """
 
     folder: Annotated[str, tyro.conf.Positional]
     """The run folder, or export, of a latent language model."""
     prompt: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
-    """Text to continue; repeatable, and each prompt is adapted to alone. Without any the model writes unconditionally."""
+    """Text to continue; repeatable, each with weights of its own. Without any the model writes unconditionally."""
     concept: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
-    """What is wanted: words such as war,army,battle, or @FILE of example texts; repeatable, each with =WEIGHT at its end."""
+    """Concept to write about: words such as war,army,battle, or @FILE of example texts; repeatable, with =WEIGHT at its end."""
     by: Literal["auto", "text", "direction"] = "auto"
-    """How a concept is judged: text = by the words that the decoder makes of latents; direction = by where latents point;
-    auto = text where what is written follows from latents alone."""
+    """Critic of a concept: text = of the words that the decoder expects; direction = of the latents' direction; auto = text
+    where the decoder reads latents alone."""
     critic: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     """Folder of a trained critic (calm train critic), with =WEIGHT at its end; repeatable."""
     data: str | None = None
@@ -40,28 +40,28 @@ class Align:
     inner_steps: int = 3
     """Gradient steps."""
     rate: float = 1e-2
-    """Their size; with the optimizer `relative`, in lengths of the weights that change."""
+    """Step size; with the optimizer `relative`, relative to the length of the weights that change."""
     optimizer: Literal["relative", "sgd", "adam"] = "relative"
     texts: int = 1
-    """Texts that the adapted weights write, of which the critic's best is kept."""
+    """Texts that the adapted weights write, of which that of the highest reward is kept."""
     weights: Literal["head", "all"] = "head"
     """Which weights change: the head's, or those of stem, backbone and head."""
     rank: int = 0
-    """0 = freely; else kernels alone, by matrices of this rank."""
+    """0 = all weights change freely; else only kernels, by a product of this rank."""
     feedback: Literal["auto", "constant", "straight_through", "latent"] = "auto"
-    """What the gradient does between chunks (docs/ttt.md)."""
+    """Gradient between chunks (docs/ttt.md)."""
     penalty: float = 0.0
-    """What a unit of drift from the base model takes off the reward."""
+    """Reward subtracted per unit of drift from the base model."""
     max_drift: float | None = None
     """A step that would drift further is not taken; in (0, 1]."""
     max_norm: float | None = None
-    """Longest change of the weights, in their own length."""
+    """Length of the longest change, relative to the weights changed."""
     enough: float | None = None
     """Reward at which no further step is taken."""
     max_loss: float | None = None
-    """Go back to the standard text where the aligned one reads worse by more than this share, such as 0.1."""
+    """Keep the standard text where the aligned one reads worse by more than this share, such as 0.1."""
     judge: str | None = None
-    """Run or export of an independent token model, which says how fluent texts are; without it, the base model does."""
+    """Run or export of an independent token model that measures fluency; without it, the base model does."""
     controls: bool = False
     """Also a shuffled reward, a random direction, the best of as many texts as the same FLOPs buy, and steering of latents."""
     steer: float | None = None
@@ -73,8 +73,9 @@ class Align:
     def run(self) -> Any:
         from calm.cli import plain
         from calm.runs import bundle
-        from calm.ttt import align as alignment
+        from calm.ttt.align import align
         from calm.ttt.brakes import Brakes
+        from calm.ttt.concept import combined_critic
         from calm.ttt.fast_weights import FastWeightsConfig
         from calm.ttt.seal import SealConfig
 
@@ -103,8 +104,8 @@ class Align:
         )
         model = bundle.load(self.folder)
         judge = None if self.judge is None else bundle.load(self.judge)
-        critic, wanted = alignment.gather_critic(model, self.concept, self.critic, self.data, self.by)
-        report = alignment.align(
+        critic, wanted = combined_critic(model, self.concept, self.critic, self.data, self.by)
+        report = align(
             model,
             self.prompt or ("",),
             critic,

@@ -8,7 +8,7 @@ from calm.errors import UsageError
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainCritic:
-    """Trains a critic of latents for `calm align`: sentiment, subjectivity, an author, whatever lines of text are labelled by.
+    """Trains a critic of latents for `calm align`: sentiment, subjectivity, an author, any label of lines of text.
 
     Give --wanted and --unwanted; with --unwanted shuffled it becomes a critic of coherence (what follows on what). --concept
     gives a direction without training.
@@ -37,9 +37,9 @@ class TrainCritic:
 
     def run(self) -> dict[str, Any]:
         from calm.runs import bundle
-        from calm.ttt import align as alignment
-        from calm.ttt.critic_files import save_critic
-        from calm.ttt.training import SHUFFLED, CriticTraining, read_lines, train_critic
+        from calm.ttt.concept import direction_critic
+        from calm.ttt.critic import save_critic
+        from calm.ttt.critic_training import SHUFFLED, CriticTraining, read_lines, train_critic
 
         labelled = self.wanted is not None and self.unwanted is not None
         if labelled == (self.concept is not None) or (self.wanted is None) != (self.unwanted is None):
@@ -48,7 +48,7 @@ class TrainCritic:
         if model.autoencoder is None:
             raise UsageError(f"autoencoder {self.autoencoder}: holds a token model, which has no latents to judge")
         if self.concept is not None:
-            critic, count = alignment.concept_critic(model, self.concept, self.data)
+            critic, count = direction_critic(model, self.concept, self.data)
             description = save_critic(critic, self.out, model.autoencoder, wanted=self.concept, chunks_found=count)
             return {"critic": self.out, **description}
         options = CriticTraining(
@@ -66,7 +66,7 @@ class TrainCritic:
         return {"critic": self.out, **save_critic(critic, self.out, model.autoencoder, **facts)}
 
     def show(self, result: dict[str, Any]) -> str:
-        from calm.ttt.training import CriticReport
+        from calm.ttt.critic_training import CriticReport
 
         if "report" not in result:
             return f"{result['critic']}: direction of {result['wanted']}, found in {result['chunks_found']} chunks of text"

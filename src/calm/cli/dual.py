@@ -11,9 +11,9 @@ from calm.errors import UsageError
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DualGenerate:
-    """Continues prompts as the token model would, in fewer passes of it: CALM drafts a chunk, the token model reads it at once
-    and keeps what its own law allows. The text's law is the token model's, exactly. With --router, each chunk is written by one
-    of the two instead."""
+    """Continues prompts as the token model would, in fewer passes: CALM drafts a chunk, the token model reads it at once and
+    keeps what its own distribution allows. The text has exactly the token model's distribution. With --router, each chunk
+    is written by one of the two instead."""
 
     token: Annotated[str, tyro.conf.Positional]
     """The run folder of a token model, which decides."""
@@ -27,11 +27,11 @@ class DualGenerate:
     """accept: a draft is kept with probability min(1, p/q); match: where it equals the token model's own draw, so that the text
     is the one `calm generate TOKEN_RUN` writes with this seed."""
     latents: int = 1
-    """How many latents are drawn for a chunk; drafts come from the mixture of what they say."""
+    """Latents drawn for a chunk; drafts come from the mixture of the decoder's distributions given each."""
     boundaries: Literal["kept", "moved"] = "kept"
-    """Where CALM goes on after a rejection: in the chunk that it was in, or at a new one, out of K states kept."""
+    """Where CALM continues after a rejection: in the same chunk, or at a new one, with K states kept."""
     router: str | None = None
-    """A folder that `calm dual route` wrote: no drafts, the router says who writes a chunk."""
+    """A folder that `calm dual route` wrote: no drafts, the router chooses who writes a chunk."""
     share: float | None = None
     """With --router: the share of chunks that the token model is to write."""
     temperature: str = "1"
@@ -47,7 +47,7 @@ class DualGenerate:
     seed: int = 0
 
     def run(self) -> dict[str, Any]:
-        from calm.dual import pair as dual
+        from calm.dual.pair import load_pair, load_routing
         from calm.dual.speculation import Drafting
         from calm.token.sampler import softmax_sampler
 
@@ -56,15 +56,15 @@ class DualGenerate:
             raise UsageError("--router and --share go together: a folder of calm dual route, and the token model's share")
         if self.router is not None and drafting != Drafting():
             raise UsageError("--router writes without drafts; leave out --rule, --latents and --boundaries")
-        routing = None if self.router is None or self.share is None else dual.load_routing(self.router, self.share)
-        law = softmax_sampler(self.temperature, top_k=self.top_k, top_p=self.top_p, min_p=self.min_p)
+        routing = None if self.router is None or self.share is None else load_routing(self.router, self.share)
+        sampler = softmax_sampler(self.temperature, top_k=self.top_k, top_p=self.top_p, min_p=self.min_p)
         prompts = list(self.prompt) or [""]
-        result = dual.load(self.token, self.latent).generate(
+        result = load_pair(self.token, self.latent).generate(
             prompts,
             max_tokens=self.max_tokens,
             drafting=drafting,
             routing=routing,
-            law=law,
+            sampler=sampler,
             ban=[int(each[1:]) if each[:1] == "#" and each[1:].isdecimal() else each for each in self.ban],
             seed=self.seed,
         )
@@ -74,16 +74,18 @@ class DualGenerate:
         pairs = zip(result["prompts"], result["texts"], strict=True)
         work = result["work"]
         if self.router is not None:
-            told = f"{sum(work['by_tokens'])} of {sum(work['chunks'])} chunks by the token model"
-            return "\n\n".join([*(prompt + text for prompt, text in pairs), told])
-        told = f"{work['tokens_per_pass']:.2f} tokens a pass of the token model, {work['acceptance']:.0%} of the drafts kept"
-        return "\n\n".join([*(prompt + text for prompt, text in pairs), told])
+            line = f"{sum(work['by_tokens'])} of {sum(work['chunks'])} chunks by the token model"
+        else:
+            line = (
+                f"{work['tokens_per_pass']:.2f} tokens a pass of the token model, {work['acceptance']:.0%} of the drafts kept"
+            )
+        return "\n\n".join([*(prompt + text for prompt, text in pairs), line])
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DualMeasure:
-    """Measures drafting on prompts of held-out text, in turns with the token model alone: tokens for each pass, tokens per
-    second, FLOPs per token. Wants a quiet machine."""
+    """Measures drafting on prompts of held-out text, in turns with the token model alone: tokens per pass, tokens per second,
+    FLOPs per token. Needs an idle machine."""
 
     token: Annotated[str, tyro.conf.Positional]
     """The run folder of a token model, which decides."""
@@ -92,9 +94,9 @@ class DualMeasure:
     rules: tuple[Literal["accept", "match"], ...] = ("accept", "match")
     """Rules to measure; every combination with the other two is a line."""
     latents: tuple[int, ...] = (1, 4)
-    """Numbers of latents for a chunk."""
+    """Numbers of latents of a chunk."""
     boundaries: tuple[Literal["kept", "moved"], ...] = ("kept", "moved")
-    """Where CALM goes on after a rejection."""
+    """Where CALM continues after a rejection."""
     temperature: str = "1"
     """Of the token model's softmax, above 0."""
     top_k: int | None = None
@@ -108,7 +110,7 @@ class DualMeasure:
     prompt_tokens: int = 64
     """Tokens of each that are given."""
     max_tokens: int = 128
-    """Tokens that are written behind them."""
+    """Tokens that are written after them."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     seed: int = 0
     out: str | None = None
@@ -118,55 +120,55 @@ class DualMeasure:
         import itertools
         import sys
 
-        from calm.dual import pair as dual
+        from calm.dual.pair import drafting_table, load_pair, measure_drafting
         from calm.dual.speculation import Drafting
         from calm.token.sampler import softmax_sampler
 
-        result = dual.measure(
-            dual.load(self.token, self.latent, precision=self.precision),
+        result = measure_drafting(
+            load_pair(self.token, self.latent, precision=self.precision),
             [
                 Drafting(rule=rule, num_latents=latents, boundaries=boundaries)
                 for rule, latents, boundaries in itertools.product(self.rules, self.latents, self.boundaries)
             ],
-            law=softmax_sampler(self.temperature, top_k=self.top_k),
+            sampler=softmax_sampler(self.temperature, top_k=self.top_k),
             data=self.data,
             split=self.split,
             prompts=self.prompts,
             prompt_tokens=self.prompt_tokens,
             max_tokens=self.max_tokens,
             seed=self.seed,
-            say=lambda line: print(line, file=sys.stderr, flush=True),
+            log=lambda line: print(line, file=sys.stderr, flush=True),
         )
-        _written(self.out, "drafting", result, dual.drafting_table(result))
+        _written(self.out, "drafting", result, drafting_table(result))
         return result
 
     def show(self, result: dict[str, Any]) -> str:
-        from calm.dual import pair as dual
+        from calm.dual.pair import drafting_table
 
-        return dual.drafting_table(result)
+        return drafting_table(result)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DualRoute:
-    """Fits a router that gives each chunk to CALM or to the token model, by how much worse CALM is expected to do on it, and
-    scores it on held-out text at every share: FLOPs and steps per token, nats per token, BrierLM."""
+    """Fits a router that gives each chunk to CALM or to the token model, by how much worse CALM is expected to do on it.
+    Scores it on held-out text at every share: FLOPs and steps per token, nats per token, BrierLM."""
 
     token: Annotated[str, tyro.conf.Positional]
     """The run folder of a token model."""
     latent: Annotated[str, tyro.conf.Positional]
     """The run folder of a language model of chunks on the same tokenizer."""
     measure: Literal["nats", "brier"] = "nats"
-    """The error whose difference is foretold."""
+    """The error whose difference is predicted."""
     shares: tuple[float, ...] = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
     """Shares of chunks for the token model; their thresholds are set on the train split."""
     steps: int = 600
     """Steps of the router's training."""
     train_tokens: int = 65_536
-    """Fit on so many tokens of the train split."""
+    """Tokens of the train split to fit on."""
     max_tokens: int | None = 65_536
-    """Score on so many tokens of the split."""
+    """The most tokens of the split to score on."""
     num_samples: int = 8
-    """Latents behind CALM's nats, and continuations behind the Brier scores."""
+    """Latents for CALM's nats, and continuations for the Brier scores."""
     data: str | None = None
     """Prepared data; without it, the data that the token model was trained on."""
     split: str = "valid"
@@ -177,13 +179,12 @@ class DualRoute:
     """A folder for the router, routing.json, routing.md and routing.png; without it, nothing is written."""
 
     def run(self) -> dict[str, Any]:
-        from calm.dual import pair as dual
-        from calm.dual.router_training import RouterTraining
-        from calm.dual.routing_report import routing_curves
+        from calm.dual.pair import load_pair, save_routing, train_routing
+        from calm.dual.router import RouterTraining, routing_curves
 
         training = RouterTraining(measure=self.measure, steps=self.steps)
-        pair = dual.load(self.token, self.latent, precision=self.precision)
-        router, at, report = dual.train_routing(
+        pair = load_pair(self.token, self.latent, precision=self.precision)
+        router, at, report = train_routing(
             pair,
             data=self.data,
             split=self.split,
@@ -195,7 +196,7 @@ class DualRoute:
             seed=self.seed,
         )
         if self.out is not None:
-            dual.save_routing(self.out, pair, router, at, self.measure)
+            save_routing(self.out, pair, router, at, self.measure)
             routing_curves(report, Path(self.out) / "routing.png")
         _written(self.out, "routing", report.to_dict(), report.table())
         return {"routing": report}
@@ -205,7 +206,7 @@ class DualRoute:
 
 
 def _written(out: str | None, name: str, result: dict[str, Any], text: str) -> None:
-    """Leaves a result as JSON and as text, where a folder is named."""
+    """Writes a result as JSON and as text to the folder `out`, if given."""
     import json
 
     from calm.cli import plain

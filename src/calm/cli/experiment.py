@@ -5,19 +5,13 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from calm.errors import UsageError
+from calm.studies import catalogue
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Experiment:
-    """Runs a study: trains and scores every cell that is not done, and prints its table. Start it again to go on, or start it
-    in several terminals on one folder to share the cells out.
-
-    Studies: chunk-sizes (a token model and CALM at K = 1, 2, 4, 8, at equal compute), recipes (what makes CALM learn at small
-    scale), stems (tokens, latents or both as input), hybrids (mixers under a latent model), ablation and probes (what a
-    hybrid's paths are worth, and what its gates hear), memory (which mixer remembers what), regularisers (what keeps a
-    token model from collapsing), losses (energy score, direction term, both), reasoner-on-z (segments of a model on
-    latents), latent-spaces (sphere beside Gaussian, two levels beside one), align (weight updates for a prompt against the same
-    FLOPs spent otherwise). An option that a study has no use for is refused.
-    """
+    # The docstring, which lists the studies, is set below.
 
     name: Annotated[str, tyro.conf.Positional]
     """The study."""
@@ -34,33 +28,32 @@ class Experiment:
     only: tuple[str, ...] = ()
     """Names of the cells to run, or patterns such as recall-*; without it, all."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """In which the cells are scored."""
+    """Precision of scoring."""
     split: str = "test"
     """The split to score on."""
     max_tokens: int = 65536
-    """Score so many tokens of it."""
+    """The most tokens of it to score."""
     bound_samples: int = 64
     """Latents at each position for the likelihood bound; 0 = no bound."""
     judge: str | None = None
-    """Run of an independent token model that reads what the cells write."""
+    """Run of an independent token model that scores what the cells write."""
     texts: int = 0
-    """Let every cell write so many continuations, and score them."""
+    """Continuations for every cell to write, which are scored; 0 = none."""
     model: str | None = None
-    """Run of a latent language model, for studies of what can be done with one."""
+    """Run of a latent language model, for studies of a trained one."""
     concept: tuple[str, ...] = ()
     """Concepts to align to, each words with commas between them; without it, the study's own."""
     speed_tokens: int = 0
-    """Measure generation over so many tokens; 0 = not. Wants a quiet machine."""
+    """Tokens to generate for a measurement of speed, which needs an idle machine; 0 = none."""
 
     def run(self) -> dict[str, Any]:
         from pathlib import Path
 
-        from calm.studies import catalogue as studies
         from calm.studies.runner import parse_axes
         from calm.studies.scoring import LanguageModelScore
         from calm.studies.study import Request
 
-        study = studies.get(self.name)
+        study = catalogue.get(self.name)
         self._check(study.options)
         score = LanguageModelScore(
             precision=self.precision,
@@ -86,15 +79,23 @@ class Experiment:
         return study.run(request)
 
     def _check(self, options: frozenset[str]) -> None:
-        """Raises UsageError for data that is missing, and for an option that the study would not read."""
-        from calm.errors import UsageError
-
+        """Raises UsageError for data that is missing, and for an option that the study does not read."""
         if "data" in options and self.data is None:
             raise UsageError(f"experiment {self.name}: needs --data, a folder of prepared data")
         for field in dataclasses.fields(self):
-            told = field.default is not dataclasses.MISSING and getattr(self, field.name) != field.default
-            if told and field.name not in options | {"seeds", "only"}:
+            given = field.default is not dataclasses.MISSING and getattr(self, field.name) != field.default
+            if given and field.name not in options | {"seeds", "only"}:
                 raise UsageError(f"experiment {self.name}: has no use for --{field.name.replace('_', '-')}; leave it out")
 
     def show(self, result: dict[str, Any]) -> str:
         return result["summary"]
+
+
+Experiment.__doc__ = f"""Runs a study: trains and scores every cell that is not done, and prints its table. The same command
+continues an interrupted study, and several processes on one folder share its cells. An option that the study does not
+read is refused.
+
+Studies:
+
+{chr(10).join(f"  {name:14} {listing.summary}" for name, listing in catalogue.STUDIES.items())}
+"""

@@ -1,11 +1,10 @@
-"""Two trained models of one tokenizer at work on one text: a token model, and CALM, which writes chunks.
+"""A token model and CALM that share a tokenizer, text in and text out.
 
-`generate` lets CALM draft what the token model writes (`calm.dual.drafting`), or lets a router give each chunk to one of
-the two (`calm.dual.routing`); `measure` says what drafts are worth, `train_routing` what routing is.
+`Pair.generate` lets CALM draft the token model's text (`calm.dual.drafting`), or lets a router give each chunk to one of
+the two (`calm.dual.routing`); `measure_drafting` and `train_routing` measure what either is worth.
 """
 
 import dataclasses
-import functools
 import json
 import statistics
 import time
@@ -17,14 +16,21 @@ import jax
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-from calm.core.generate import SpecialIds
-from calm.core.generate import generate as generate_tokens
+from calm.core.generate import SpecialIds, generate
 from calm.core.predictor import NextVector
-from calm.dual.drafting import alone, checked_models, cost, draft, sum_of
-from calm.dual.router import Router, RouterConfig
-from calm.dual.router_training import SHARES, RouterTraining, measure_routing, score_chunks, thresholds, train_router
+from calm.dual.drafting import checked_models, draft, drafting_cost, token_model_cost, total_work
+from calm.dual.router import (
+    SHARES,
+    Router,
+    RouterConfig,
+    RouterTraining,
+    RoutingReport,
+    measure_routing,
+    score_chunks,
+    thresholds,
+    train_router,
+)
 from calm.dual.routing import route
-from calm.dual.routing_report import RoutingReport
 from calm.dual.speculation import Drafting
 from calm.errors import UsageError
 from calm.evaluate.blocks import text_protocol
@@ -52,7 +58,7 @@ class Pair:
 
     @property
     def block_tokens(self) -> int:
-        """Tokens that both have seen in one sequence: the longest prompt with its continuation."""
+        """Most tokens of a prompt and its continuation: the shorter training sequence of the two."""
         return min(self.token.block_tokens, self.latent.block_tokens)
 
     def generate(
@@ -62,30 +68,31 @@ class Pair:
         max_tokens: int = 128,
         drafting: Drafting | None = None,
         routing: "Routing | None" = None,
-        law: SoftmaxSampler | None = None,
+        sampler: SoftmaxSampler | None = None,
         ban: Sequence[str | int] = (),
         seed: int = 0,
     ) -> dict[str, Any]:
-        """Continues each prompt as the token model would, in fewer passes of it; with `routing`, by both models in turns. The
+        """Continues each prompt as the token model would, in fewer passes; with `routing`, by both models in turns. The
         empty prompt is unconditional.
 
-        Returns texts, tokens (counts), ended, and work: `calm.dual.drafting.Work`, or who wrote how many chunks.
+        Returns:
+            `texts`, `tokens` (their lengths), `ended`, and `work`: `calm.dual.drafting.Work`, or chunks by each model.
         """
         ids = [self.token.tokenizer.encode(prompt) for prompt in prompts]
         options: dict[str, Any] = dict(
             special=self.token.tokenizer,
             max_tokens=max_tokens,
-            law=law or SoftmaxSampler(),
             context=self.block_tokens,
             banned=[self.token.banned_id(each) for each in ban],
         )
-        keys = row_keys(jax.random.key(seed), len(ids))
+        keys, sampler = row_keys(jax.random.key(seed), len(ids)), sampler or SoftmaxSampler()
         if routing is None:
-            result = draft(*self.models, ids, keys, drafting=drafting, **options)
+            result = draft(*self.models, ids, keys, drafting=drafting, sampler=sampler, **options)
             work: dict[str, Any] = result.work.to_dict()
         else:
             routing.check(self)
-            result = route(*self.models, routing.router, ids, keys, threshold=routing.threshold, **options)
+            options |= dict(threshold=routing.threshold, token_sampler=sampler)
+            result = route(*self.models, routing.router, ids, keys, **options)
             work = {"chunks": result.chunks.tolist(), "by_tokens": result.by_tokens.tolist()}
         rows = zip(result.tokens, result.lengths, strict=True)
         return {
@@ -96,11 +103,11 @@ class Pair:
         }
 
 
-def load(token: str | Path, latent: str | Path, *, precision: Literal["auto", "float32", "bfloat16"] = "float32") -> Pair:
-    """Loads a run folder, or an exported folder, of each kind.
+def load_pair(token: str | Path, latent: str | Path, *, precision: Literal["auto", "float32", "bfloat16"] = "float32") -> Pair:
+    """Loads two runs, or exports: of a token model and of a next-vector model.
 
     Raises:
-        UsageError: a folder of the wrong kind, or two tokenizers.
+        UsageError: a run of the wrong kind, or two tokenizers.
     """
     first, second = bundle.load(token, precision=precision), bundle.load(latent, precision=precision)
     checked_models(first.predictor, second.predictor)
@@ -112,23 +119,23 @@ def load(token: str | Path, latent: str | Path, *, precision: Literal["auto", "f
     return Pair(token=first, latent=second)
 
 
-def measure(
+def measure_drafting(
     pair: Pair,
     recipes: Sequence[Drafting],
     *,
-    law: SoftmaxSampler | None = None,
+    sampler: SoftmaxSampler | None = None,
     data: str | None = None,
     split: str = "valid",
     prompts: int = 8,
     prompt_tokens: int = 64,
     max_tokens: int = 128,
     seed: int = 0,
-    say: Callable[[str], None] = lambda line: None,
+    log: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
-    """Every recipe beside the token model alone, on prompts of held-out text, one text at a time and in turns.
+    """Compares every recipe with the token model alone, on prompts of held-out text, one text at a time and in turns.
 
-    The end id is out of reach, so that every text is as long. Rates are medians over the prompts of tokens per second, prompt
-    included, and `speedup` that of the ratios of each prompt; the first prompt compiles and is run again.
+    The end id is outside the vocabulary, so all texts have one length. Rates are medians over the prompts of tokens per
+    second, prompt included, and `speedup` is the median of the ratios; the first prompt compiles and is run again.
 
     Raises:
         UsageError: no recipes, or prompts that leave no room.
@@ -140,7 +147,7 @@ def measure(
             f"drafting: {prompt_tokens} tokens of prompt and {max_tokens} more do not fit in the {pair.block_tokens} that both "
             "models were trained on; take fewer"
         )
-    law = law or SoftmaxSampler()
+    sampler = sampler or SoftmaxSampler()
     token_lm, proposer = pair.models
     opened = pair.token.prepared_data(data)
     blocks, _ = validation_blocks(opened, pair.block_tokens, split, prompts * pair.block_tokens)
@@ -151,20 +158,20 @@ def measure(
     options: dict[str, Any] = dict(special=special, max_tokens=max_tokens)
 
     def plain(row: int) -> Any:
-        return generate_tokens(token_lm, [texts[row]], keys[row : row + 1], sampler=law, decoding="drawn", **options)
-
-    def drafted(recipe: Drafting, row: int) -> Any:
-        return draft(token_lm, proposer, [texts[row]], keys[row : row + 1], drafting=recipe, law=law, **options)
+        return generate(token_lm, [texts[row]], keys[row : row + 1], sampler=sampler, decoding="drawn", **options)
 
     sizes: dict[str, Any] = dict(prompt_tokens=len(texts) * prompt_tokens, context=prompt_tokens + max_tokens)
-    plain_flops = alone(token_lm, tokens=len(texts) * max_tokens, **sizes)
+    plain_flops = token_model_cost(token_lm, tokens=len(texts) * max_tokens, **sizes)
     rows: list[dict[str, Any]] = []
     for recipe in recipes:
-        with_drafts = functools.partial(drafted, recipe)
-        for call in (plain, with_drafts):  # compiles
+
+        def drafted(row: int, recipe: Drafting = recipe) -> Any:
+            return draft(token_lm, proposer, [texts[row]], keys[row : row + 1], drafting=recipe, sampler=sampler, **options)
+
+        for call in (plain, drafted):  # compiles
             call(0)
-        pairs = [(_timed(plain, row), _timed(with_drafts, row)) for row in range(len(texts))]
-        work = sum_of([result.work for _, (result, _) in pairs])
+        pairs = [(_timed(plain, row), _timed(drafted, row)) for row in range(len(texts))]
+        work = total_work([result.work for _, (result, _) in pairs])
         own, taken = [seconds for (_, seconds), _ in pairs], [seconds for _, (_, seconds) in pairs]
         rows.append(
             {
@@ -174,11 +181,11 @@ def measure(
                 "tokens_per_second": max_tokens / statistics.median(taken),
                 "alone_tokens_per_second": max_tokens / statistics.median(own),
                 "speedup": statistics.median(one / two for one, two in zip(own, taken, strict=True)),
-                "flops_per_token": cost(token_lm, proposer, work, recipe, **sizes).to_dict(),
+                "flops_per_token": drafting_cost(token_lm, proposer, work, recipe, **sizes).to_dict(),
                 "alone_flops_per_token": plain_flops,
             }
         )
-        say(f"{recipe.rule}, {recipe.num_latents} latents, boundaries {recipe.boundaries}: {rows[-1]['speedup']:.2f} x alone")
+        log(f"{recipe.rule}, {recipe.num_latents} latents, boundaries {recipe.boundaries}: {rows[-1]['speedup']:.2f} x alone")
     protocol = {
         "data": str(opened.manifest.source["name"]),
         "split": split,
@@ -186,7 +193,7 @@ def measure(
         "prompt_tokens": prompt_tokens,
         "max_tokens": max_tokens,
         "chunk_size": proposer.chunk_size,
-        "law": dataclasses.asdict(law),
+        "law": dataclasses.asdict(sampler),
         "seed": seed,
     }
     return {"rows": rows, "protocol": protocol}
@@ -198,7 +205,7 @@ def _timed(call: Callable[[int], Any], row: int) -> tuple[Any, float]:
 
 
 def drafting_table(result: dict[str, Any]) -> str:
-    """What `measure` found, a line for each recipe below that of the token model alone."""
+    """Table of `measure_drafting`: the token model alone, then a row for each recipe."""
     header = ["drafts", "latents", "boundaries", "tokens/pass", "kept %", "tokens/s", "x alone", "MFLOPs/token", "token model"]
     first = result["rows"][0]
     rates = [row["alone_tokens_per_second"] for row in result["rows"]]
@@ -219,11 +226,10 @@ def drafting_table(result: dict[str, Any]) -> str:
                 f"{cost_of['target'] / 1e6:.2f}",
             ]
         )
-    told = result["protocol"]
     line = (
-        f"{told['prompts']} prompts of {told['prompt_tokens']} tokens, {told['max_tokens']} written, one text at a time; "
-        f"{told['data']} {told['split']}, K = {told['chunk_size']}, seed {told['seed']}; medians over the prompts"
-    )
+        "{prompts} prompts of {prompt_tokens} tokens, {max_tokens} written, one text at a time; {data} {split}, "
+        "K = {chunk_size}, seed {seed}; medians over the prompts"
+    ).format(**result["protocol"])
     return table(header, cells) + "\n" + line
 
 
@@ -232,18 +238,18 @@ def drafting_table(result: dict[str, Any]) -> str:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Routing:
-    """A router, and where it stands."""
+    """A router at one threshold."""
 
     router: Router
     threshold: float
-    """the gap above which the token model writes"""
+    """gap above which the token model writes"""
     tokenizer: str
     """fingerprint of the tokenizer of both models"""
     chunk_size: int
     """of the CALM model whose hidden states it reads"""
 
     def check(self, pair: Pair) -> None:
-        """Raises UsageError where it was trained for other models."""
+        """Raises UsageError where the router was trained for other models."""
         size, fingerprint = pair.latent.chunk_size, pair.latent.tokenizer.fingerprint
         if self.chunk_size != size:
             raise UsageError(f"router: trained for chunks of K = {self.chunk_size} tokens, this model's have {size}")
@@ -253,11 +259,11 @@ class Routing:
             )
 
 
-def route_costs(pair: Pair, router: RouterConfig, context: int) -> tuple[float, float]:
-    """FLOPs per token of a chunk that CALM writes, and of one that the token model writes, behind `context` tokens.
+def routing_costs(pair: Pair, router: RouterConfig, context: int) -> tuple[float, float]:
+    """FLOPs per token, after `context` tokens, of a chunk by CALM and of one by the token model.
 
     CALM reads every chunk, as the router needs its hidden state; the token model reads every token, as its turn may come. So
-    the first saves the token model's logits alone, and in steps one after the other K - 1 of K.
+    a chunk by CALM saves only the token model's logits, and K - 1 of K sequential steps.
     """
     token_lm, proposer = pair.models
     lm, codec, size = proposer.lm.config, proposer.autoencoder.config, proposer.chunk_size
@@ -283,7 +289,7 @@ def train_routing(
     """Fits a router on the beginning of the train split, sets its thresholds there, and scores every one on `split`.
 
     Raises:
-        UsageError: the train split as the one to be scored on; too little text.
+        UsageError: scores asked for on the train split; too little text.
     """
     if split == "train":
         raise UsageError("routing: the train split is what the router is fitted on; score it on valid or test")
@@ -305,7 +311,7 @@ def train_routing(
         held,
         documents,
         at,
-        costs=route_costs(pair, router.config, length),
+        costs=routing_costs(pair, router.config, length),
         measure=training.measure,
         text=text_protocol(opened, split, block_tokens=length, chunk_size=size, seed=seed),
     )
@@ -313,22 +319,22 @@ def train_routing(
 
 
 def save_routing(folder: str | Path, pair: Pair, router: Router, at: dict[float, float], measure: str) -> None:
-    """Leaves a router in `router.safetensors` and what it is in `router.json`."""
+    """Writes a router to `router.safetensors` and its description to `router.json`."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     save_file(flat_weights(router), folder / "router.safetensors")
-    told = {
+    description = {
         "config": dataclasses.asdict(router.config),
         "measure": measure,
         "chunk_size": pair.latent.chunk_size,
         "tokenizer": pair.latent.tokenizer.fingerprint,
         "thresholds": {str(share): threshold for share, threshold in at.items() if 0 < share < 1},
     }
-    write_whole(folder / "router.json", json.dumps(told, indent=2) + "\n")
+    write_whole(folder / "router.json", json.dumps(description, indent=2) + "\n")
 
 
 def load_routing(folder: str | Path, share: float) -> Routing:
-    """A saved router at the threshold for a share of the token model, between those that were set by straight lines.
+    """Loads a router at the threshold for a share of the token model, linearly interpolated between those that were set.
 
     Raises:
         UsageError: no router there, or a share outside 0..1.
@@ -338,13 +344,13 @@ def load_routing(folder: str | Path, share: float) -> Routing:
         raise UsageError(f"{path}: no such file; calm dual route TOKEN_RUN CALM_RUN --out FOLDER makes one")
     if not 0 <= share <= 1:
         raise UsageError(f"router: the token model's share must lie between 0 and 1, got {share}")
-    told = json.loads(path.read_text(encoding="utf-8"))
-    known = sorted((float(share), threshold) for share, threshold in told["thresholds"].items())
+    description = json.loads(path.read_text(encoding="utf-8"))
+    known = sorted((float(share), threshold) for share, threshold in description["thresholds"].items())
     ends = {0.0: float("inf"), 1.0: float("-inf")}
     if share not in ends and not known:
         raise UsageError(f"{path}: holds no thresholds between 0 and 1; make it with --shares 0 0.25 0.5 0.75 1, for example")
     shares, cuts = [each for each, _ in known], [threshold for _, threshold in known]
     threshold = ends[share] if share in ends else float(np.interp(share, shares, cuts))
-    config, weights = RouterConfig(**told["config"]), load_file(Path(folder) / "router.safetensors")
+    config, weights = RouterConfig(**description["config"]), load_file(Path(folder) / "router.safetensors")
     router = build_with_weights(config, weights, precision="float32", where=str(folder))
-    return Routing(router=router, threshold=threshold, tokenizer=told["tokenizer"], chunk_size=told["chunk_size"])
+    return Routing(router=router, threshold=threshold, tokenizer=description["tokenizer"], chunk_size=description["chunk_size"])

@@ -1,24 +1,49 @@
-"""Which of two models writes the next chunk: CALM in one step, or a token model in K.
+"""Router between two models: CALM writes the next chunk in one step, or a token model in K.
 
-The router reads what CALM's backbone makes of the text and foretells how much worse CALM will do on the chunk that comes, by an
-error measured on training text (`calm.dual.router_training`). Above a threshold the token model writes. It is the
-latent-or-token router that the plans for a dual model announce; learning to defer to a second model is as old as Madras et al.
-2018 (arXiv:1711.06664), here as a regression of the difference, so that one router serves every threshold.
+The router reads the hidden state of CALM's backbone and predicts the gap: CALM's error on the next chunk minus the token
+model's. Above a threshold the token model writes. As a regression of the difference, one router serves every threshold;
+learning to defer to a second model: Madras et al. 2018, arXiv:1711.06664.
+
+Both models are scored after the true text before the chunk: in nats, CALM by the likelihood of the chunk averaged over S
+latents (a bound, `calm.evaluate.nll_bound`), the token model exactly; and by Brier-1..4 of the tokens that follow
+(`calm.evaluate.brier`). A routed model has, at each chunk, the score of the model chosen, so the scores at every threshold
+follow from one pass of both models, without new samples.
 """
 
 import dataclasses
+import os
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
+from calm.core.brier_lm import ORDERS, TextProtocol, brier_intervals
+from calm.core.chunk_decoder import recent_tokens
 from calm.core.dense import Dense, Precision, dense_flops
+from calm.core.intervals import Interval, bootstrap
+from calm.core.predictor import NextVector
 from calm.errors import UsageError
+from calm.evaluate.blocks import checked, run_blocks, sums_of
+from calm.evaluate.boundaries import phases_of, targets_at
+from calm.evaluate.brier import Places, _by_probabilities, _by_samples
+from calm.evaluate.plots import COLOURS, new_figure, tidy
+from calm.evaluate.tables import interval_text, table
+from calm.rng import PRNGKey, stream
+from calm.token.model import TokenLM
+
+MEASURES = ("nats", "brier")
+SHARES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RouterConfig:
-    """A perceptron with one hidden layer."""
+    """Sizes of a router."""
 
     dim: int
     """width D of CALM's hidden state"""
@@ -32,12 +57,12 @@ class RouterConfig:
         return Router(self, rngs=rngs, precision=precision)
 
     def flops(self) -> int:
-        """Forward FLOPs of one chunk."""
+        """Forward FLOPs for one chunk."""
         return dense_flops(self.dim, self.inner_dim) + dense_flops(self.inner_dim, 1)
 
 
 class Router(nnx.Module):
-    """Hidden state to the gap that is expected: CALM's error on the next chunk minus the token model's."""
+    """Perceptron with one hidden layer, from hidden state to the expected gap."""
 
     def __init__(self, config: RouterConfig, *, rngs: nnx.Rngs, precision: Precision = "float32"):
         self.config = config
@@ -46,3 +71,355 @@ class Router(nnx.Module):
 
     def __call__(self, hidden: Float[Array, "*b D"]) -> Float[Array, "*b"]:
         return self.out(jax.nn.silu(self.inner(hidden)))[..., 0]
+
+
+# -- scores of both models -----------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class ChunkScores:
+    """Scores of all chunks of R blocks but the first, and the last whose four tokens reach beyond the block."""
+
+    hidden: Float[np.ndarray, "R A D"]
+    """CALM's hidden state after the text before the chunk"""
+    nats: Float[np.ndarray, "2 R A"]
+    """-log p of the chunk's K tokens, by CALM (an upper bound) and by the token model"""
+    brier: Float[np.ndarray, "2 R A O"]
+    """Brier-1..4 after the boundary, not averaged: unbiased, and noisy one by one"""
+    chunk_size: int
+
+    def gap(self, measure: str) -> Float[np.ndarray, "R A"]:
+        """CALM's error minus the token model's: nats per token, or minus the mean of Brier-1..4."""
+        if measure not in MEASURES:
+            raise UsageError(f"router: measure must be {' or '.join(MEASURES)}, got {measure!r}")
+        if measure == "nats":
+            return (self.nats[0] - self.nats[1]) / self.chunk_size
+        return (self.brier[1] - self.brier[0]).mean(-1)
+
+
+def score_chunks(
+    token_lm: TokenLM,
+    predictor: NextVector,
+    blocks: Int[np.ndarray, "R T"],
+    key: PRNGKey,
+    *,
+    num_samples: int = 8,
+    decoding: str | None = None,
+) -> ChunkScores:
+    """Scores both models on every chunk.
+
+    Args:
+        num_samples: latents for CALM's nats, and continuations for the Brier scores.
+        decoding: decoding of CALM's latents for the Brier scores; None = the model's own.
+
+    Raises:
+        UsageError: fewer than 2 samples, or blocks that do not fit.
+    """
+    size, block_tokens = predictor.chunk_size, blocks.shape[1]
+    checked(blocks, np.zeros(len(blocks), np.int64), size, None)
+    if num_samples < 2:
+        raise UsageError(f"num_samples must be at least 2, got {num_samples}")
+    scored = block_tokens - max(0, size - ORDERS)  # the last chunk lies within the block
+    (phase,), (of_tokens,) = phases_of(scored, size, size), phases_of(scored, 1, size)
+    split = tuple(nnx.split(model) for model in (predictor, token_lm))
+    graphs, params = tuple(part[0] for part in split), tuple(part[1] for part in split)
+    decoding = decoding or predictor.decoding
+
+    def score(tokens: np.ndarray, rows: np.ndarray) -> Any:
+        keys = jax.vmap(partial(jax.random.fold_in, stream(key, "chunks")))(rows)
+        targets = targets_at(tokens, phase.places)
+        where = tuple(
+            Places(jnp.asarray(chunks), jnp.asarray(targets), jnp.asarray(each.ends), jnp.asarray(each.weight), None)
+            for chunks, each in ((phase.chunks(tokens, 0), phase), (tokens[..., None], of_tokens))
+        )
+        following = jnp.asarray(phase.next_chunks(tokens))
+        return _score(graphs, params, where, following, keys, num_samples=num_samples, decoding=decoding)
+
+    (hidden, nats, brier), _ = run_blocks(score, blocks, None)
+    return ChunkScores(hidden=hidden, nats=np.moveaxis(nats, 1, 0), brier=np.moveaxis(brier, 1, 0), chunk_size=size)
+
+
+@partial(jax.jit, static_argnames=("graphs", "num_samples", "decoding"))
+def _score(
+    graphs: Any,
+    params: Any,
+    where: tuple[Places, Places],
+    following: Int[Array, "B A K"],
+    keys: Array,
+    *,
+    num_samples: int,
+    decoding: Any,
+) -> tuple[Float[Array, "B A D"], Float[Array, "B 2 A"], Float[Array, "B 2 A O"]]:
+    predictor, token_lm = (nnx.merge(graph, of_model) for graph, of_model in zip(graphs, params, strict=True))
+    chunks, ends = where[0].chunks, where[0].ends
+    hidden = predictor.hidden(chunks)[0][:, ends - 1]
+    previous = recent_tokens(chunks, predictor.reach)[:, ends - 1]
+    noise = jax.vmap(lambda key: predictor.draw_noise(stream(key, "nats"), (num_samples, len(ends))).latent, out_axes=1)(keys)
+    log_probs = predictor.token_log_probs(hidden, previous, predictor.lm.head(hidden, noise), following).sum(-1)
+    of_latents = np.log(len(log_probs)) - jax.nn.logsumexp(log_probs, axis=0)
+
+    size = predictor.chunk_size
+    tokens = where[1].chunks[..., 0]
+    read = token_lm.hidden(where[1].chunks)[0][:, :-1]
+    each, _ = token_lm.nats_and_match(read, tokens[:, 1:])
+    at = where[1].ends[:, None] - 1 + jnp.arange(size)
+    of_tokens = each[:, jnp.minimum(at, each.shape[1] - 1)].sum(-1)
+
+    samples, _ = _by_samples(predictor, where[0], keys, keys[0], num_samples, decoding)
+    known, _ = _by_probabilities(token_lm, where[1], keys, num_samples)
+    return hidden, jnp.stack([of_latents, of_tokens], 1), jnp.stack([samples, known], 1)
+
+
+# -- training ---------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RouterTraining:
+    """Settings of the fit of a router."""
+
+    measure: str = "nats"
+    """error whose difference is predicted: nats or brier"""
+    inner_dim: int = 64
+    steps: int = 600
+    batch_size: int = 256
+    """chunks a step"""
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.1
+    held_back: float = 0.2
+    """share of the blocks, the last ones, on which the best step is chosen"""
+
+    def __post_init__(self) -> None:
+        if self.measure not in MEASURES:
+            raise UsageError(f"router: measure must be {' or '.join(MEASURES)}, got {self.measure!r}")
+        if min(self.inner_dim, self.steps, self.batch_size) < 1:
+            raise UsageError("router: inner_dim, steps and batch_size must be at least 1")
+        if not 0 < self.held_back < 1:
+            raise UsageError(f"router: held_back must lie between 0 and 1, got {self.held_back}")
+
+
+def train_router(scores: ChunkScores, key: PRNGKey, training: RouterTraining | None = None) -> Router:
+    """Fits a router to the standardised gap by AdamW on a Huber loss, and keeps its best step on blocks held back.
+
+    A gap in nats has long tails and a threshold needs its middle, hence Huber, not squares.
+
+    Raises:
+        UsageError: fewer than two blocks.
+    """
+    training = training or RouterTraining()
+    gap = scores.gap(training.measure)
+    rows, _, dim = scores.hidden.shape
+    if rows < 2:
+        raise UsageError(f"router: needs at least two blocks of text, one to fit and one to choose on, got {rows}")
+    split = min(rows - 1, max(1, round(rows * (1 - training.held_back))))
+    centre, spread = np.float32(gap[:split].mean()), np.float32(max(gap[:split].std(), 1e-6))
+    inputs, wanted = jnp.asarray(scores.hidden), jnp.asarray((gap - centre) / spread, jnp.float32)
+    fit, hold = ((inputs[part].reshape(-1, dim), wanted[part].reshape(-1)) for part in (slice(0, split), slice(split, None)))
+    router = RouterConfig(dim=dim, inner_dim=training.inner_dim).build(rngs=nnx.Rngs(params=stream(key, "router")))
+    graph, params = nnx.split(router)
+    optimizer = optax.adamw(
+        optax.cosine_decay_schedule(training.learning_rate, training.steps), weight_decay=training.weight_decay
+    )
+
+    def loss(params: Any, hidden: Array, wanted: Array) -> Array:
+        return optax.losses.huber_loss(nnx.merge(graph, params)(hidden), wanted).mean()
+
+    @jax.jit
+    def update(params: Any, moments: Any, step: Array) -> tuple[Any, Any]:
+        rows = jax.random.randint(stream(key, "rows", step), (training.batch_size,), 0, len(fit[1]))
+        gradient = jax.grad(loss)(params, fit[0][rows], fit[1][rows])
+        updates, moments = optimizer.update(gradient, moments, params)
+        return optax.apply_updates(params, updates), moments
+
+    held = jax.jit(lambda params: loss(params, *hold))
+    moments, best = optimizer.init(params), (float(held(params)), params)
+    every = max(1, training.steps // 20)
+    for step in range(training.steps):
+        params, moments = update(params, moments, jnp.int32(step))
+        if (step + 1) % every == 0 or step + 1 == training.steps:
+            best = min(best, (float(held(params)), params), key=lambda pair: pair[0])
+    fitted = nnx.merge(graph, best[1])
+    # The last layer takes the scale, so that outputs are in the gap's units.
+    assert fitted.out.bias is not None
+    fitted.out.kernel[...] *= spread
+    fitted.out.bias[...] = fitted.out.bias[...] * spread + centre
+    return fitted
+
+
+def thresholds(router: Router, scores: ChunkScores, shares: Sequence[float] = SHARES) -> dict[float, float]:
+    """Thresholds at which the token model writes these shares of a text's chunks. On another text shares are met
+    approximately.
+
+    Raises:
+        UsageError: a share outside 0..1.
+    """
+    if not shares or not all(0 <= share <= 1 for share in shares):
+        raise UsageError(f"router: shares must lie between 0 and 1, got {list(shares)}")
+    predicted = np.asarray(router(jnp.asarray(scores.hidden)))
+    found = {share: float(np.quantile(predicted, 1 - share)) for share in shares}
+    return found | {share: end for share, end in ((0.0, float("inf")), (1.0, float("-inf"))) if share in found}
+
+
+# -- routed scores ----------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RoutingPoint:
+    """Scores at one threshold."""
+
+    asked: float
+    """share of chunks requested for the token model"""
+    threshold: float
+    share: float
+    """share of chunks that it wrote"""
+    nats: Interval
+    """per token"""
+    gain: Interval
+    """nats per token below those of a coin of the same share"""
+    coin_nats: float
+    oracle_nats: float
+    brier_lm: Interval
+    coin_brier_lm: float
+    """of the coin, from its mean Brier-1..4"""
+    flops: float
+    """per token"""
+    steps: float
+    """sequential passes through a model per token"""
+
+    def to_dict(self) -> dict[str, Any]:
+        intervals = {name: getattr(self, name).to_dict() for name in ("nats", "gain", "brier_lm")}
+        return dataclasses.asdict(self) | intervals
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RoutingReport:
+    """Scores at all thresholds.
+
+    Attributes:
+        correlation: between predicted and true gap, over chunks.
+        measure: error whose gap the router predicts.
+    """
+
+    name: str
+    protocol: TextProtocol
+    measure: str
+    points: tuple[RoutingPoint, ...]
+    correlation: float
+
+    def table(self) -> str:
+        """A row for each threshold."""
+        header = ["token %", "MFLOPs/token", "steps/token", "nats/token", "coin", "oracle", "below coin", "BrierLM", "coin"]
+        rows = [
+            [
+                f"{100 * point.share:.1f}",
+                f"{point.flops / 1e6:.2f}",
+                f"{point.steps:.2f}",
+                interval_text(point.nats, 3),
+                f"{point.coin_nats:.3f}",
+                f"{point.oracle_nats:.3f}",
+                interval_text(point.gain, 3),
+                interval_text(point.brier_lm),
+                f"{point.coin_brier_lm:.2f}",
+            ]
+            for point in self.points
+        ]
+        line = f"{self.protocol.line()}; correlation of the foretold and the true gap in {self.measure} {self.correlation:.3f}"
+        return table(header, rows) + "\n" + line
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "protocol": self.protocol.to_dict(),
+            "measure": self.measure,
+            "correlation": self.correlation,
+            "points": [point.to_dict() for point in self.points],
+        }
+
+
+def routing_curves(report: RoutingReport, out: str | os.PathLike[str]) -> None:
+    """Draws nats per token over FLOPs and over steps per token: router, coin, oracle."""
+    figure = new_figure(8.4, 3.6)
+    panels = figure.subplots(1, 2, sharey=True)
+    for axes, (name, scale) in zip(panels, (("flops", 1e-6), ("steps", 1.0)), strict=True):
+        points = sorted(report.points, key=lambda point: point.share)
+        x = [scale * getattr(point, name) for point in points]
+        nats = [point.nats for point in points]
+        spans = [[max(i.estimate - i.low, 0) for i in nats], [max(i.high - i.estimate, 0) for i in nats]]
+        axes.errorbar(
+            x,
+            [i.estimate for i in nats],
+            yerr=spans,
+            color=COLOURS[0],
+            marker="o",
+            markersize=3,
+            elinewidth=0.4,
+            label="router",
+        )
+        axes.plot(x, [point.coin_nats for point in points], color=COLOURS[1], linestyle="--", label="coin")
+        axes.plot(x, [point.oracle_nats for point in points], color=COLOURS[2], linestyle=":", label="oracle")
+        label = "MFLOPs per token" if name == "flops" else "steps per token"
+        tidy(axes, "", label, "nats per token" if name == "flops" else "")
+    panels[1].legend(fontsize=8, frameon=False)
+    figure.savefig(out)
+
+
+def measure_routing(
+    router: Router,
+    scores: ChunkScores,
+    document: Int[np.ndarray, "*r"],
+    at: dict[float, float],
+    *,
+    costs: tuple[float, float],
+    measure: str = "nats",
+    text: TextProtocol,
+    name: str = "router",
+) -> RoutingReport:
+    """Scores the routed model at every threshold, on text that neither router nor thresholds were fitted on.
+
+    Two references have the same share: a coin, whose expected score is the mixture of both models', and an oracle that
+    knows the gap of every chunk and gives the largest to the token model, which bounds every router.
+
+    Args:
+        at: share -> threshold.
+        costs: FLOPs per token of a chunk by CALM, and of one by the token model.
+    """
+    predicted, gap = np.asarray(router(jnp.asarray(scores.hidden)), np.float64), scores.gap(measure)
+    rows, count = gap.shape
+    size, block_tokens = scores.chunk_size, text.block_tokens
+    ranks = np.argsort(np.argsort(-gap.reshape(-1))).reshape(gap.shape)
+
+    def mixed(chosen: np.ndarray, values: np.ndarray) -> np.ndarray:
+        """Sums over each block, the token model weighted by `chosen`."""
+        weight = chosen[..., None]
+        both = values.reshape(2, rows, count, -1)
+        return ((1 - weight) * both[0] + weight * both[1]).sum(1)
+
+    def sums(total: np.ndarray) -> Any:
+        return sums_of(total, count, document, block_tokens)
+
+    points = []
+    for share, threshold in at.items():
+        chosen = (predicted > threshold).astype(np.float64)
+        met = float(chosen.mean())
+        coin, oracle = np.full(gap.shape, met), (ranks < chosen.sum()).astype(np.float64)
+        nats = {who: mixed(of, scores.nats / size) for who, of in (("own", chosen), ("coin", coin), ("oracle", oracle))}
+        interval, gain = bootstrap(
+            sums(np.concatenate([nats["own"], nats["coin"] - nats["own"]], axis=1)),
+            [lambda means: means[..., 0], lambda means: means[..., 1]],
+        )
+        points.append(
+            RoutingPoint(
+                asked=share,
+                threshold=threshold,
+                share=met,
+                nats=interval,
+                gain=gain,
+                coin_nats=float(nats["coin"].sum() / gap.size),
+                oracle_nats=float(nats["oracle"].sum() / gap.size),
+                brier_lm=brier_intervals(sums(mixed(chosen, scores.brier))).brier_lm,
+                coin_brier_lm=brier_intervals(sums(mixed(coin, scores.brier))).brier_lm.estimate,
+                flops=(1 - met) * costs[0] + met * costs[1],
+                steps=1 / size + met,
+            )
+        )
+    correlation = float(np.corrcoef(predicted.reshape(-1), gap.reshape(-1))[0, 1]) if predicted.std() > 0 else 0.0
+    return RoutingReport(name=name, protocol=text, measure=measure, points=tuple(points), correlation=correlation)

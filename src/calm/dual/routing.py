@@ -1,7 +1,7 @@
-"""Writing by two models in turns of a chunk: CALM in one step, or the token model in K, as a router says.
+"""Generation by two models that alternate chunk by chunk: CALM in one step, or the token model in K, as a router decides.
 
-Unlike drafting this changes the law of the text: a chunk that CALM writes is CALM's. The token model reads it in blocks when
-its turn comes; until then it waits. Chunk boundaries stay where the prompt's end put them, as both write K tokens.
+Unlike drafting this changes the distribution of the text: a chunk that CALM writes is CALM's. The token model reads such
+chunks in blocks when its turn comes. Chunk boundaries stay where the end of the prompt put them, as both write K tokens.
 """
 
 from collections.abc import Sequence
@@ -14,24 +14,32 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from calm.core import steps
 from calm.core.generate import HasSpecialIds
 from calm.core.mixer import Window
 from calm.core.predictor import Predictor
 from calm.core.sampler import PlainSampler, Sampler
-from calm.core.steps import Model, ModelSource, Weights, step_keys
+from calm.core.steps import Model, ModelSource, step_keys
 from calm.core.transformer import BackboneState
-from calm.dual.drafting import checked_models, lay_out, mask_of
+from calm.dual.drafting import checked_models, combined, lay_out
 from calm.dual.router import Router
-from calm.dual.row_text import begins_before, tokens_before
-from calm.dual.speculation import Drafting, Layout, Speculation, begin, uniforms_of
+from calm.dual.speculation import (
+    Drafting,
+    Layout,
+    Models,
+    Prompts,
+    Speculation,
+    begins_before,
+    draw_uniforms,
+    read_prompt,
+    tokens_before,
+)
 from calm.errors import UsageError
 from calm.token.sampler import SoftmaxSampler
 from calm.token.softmax_head import draw_places
 
 
 class Routed(NamedTuple):
-    """Continuations, and who wrote them."""
+    """Continuations, and the number of chunks by each model."""
 
     tokens: Int[np.ndarray, "B T"]
     """the prompt not included; after a row's end, end ids"""
@@ -40,16 +48,16 @@ class Routed(NamedTuple):
     chunks: Int[np.ndarray, "B"]
     """chunks written"""
     by_tokens: Int[np.ndarray, "B"]
-    """those of them that the token model wrote"""
+    """of those, chunks that the token model wrote"""
 
 
 class Row(NamedTuple):
-    """Everything that one chunk hands to the next."""
+    """State of a row between chunks."""
 
     target: BackboneState
-    """of the token model, which may lie any number of tokens behind, one at least"""
+    """of the token model, which may lag by any number of tokens, at least one"""
     state: BackboneState
-    """of CALM: has read all chunks but the last"""
+    """of CALM, which has read all chunks but the last"""
     text: Int[Array, "T"]
     chunks: Int[Array, ""]
     by_tokens: Int[Array, ""]
@@ -67,74 +75,65 @@ def route(
     special: HasSpecialIds,
     max_tokens: int,
     threshold: float,
-    law: SoftmaxSampler | None = None,
+    token_sampler: SoftmaxSampler | None = None,
     sampler: Sampler | None = None,
     decoding: str | None = None,
     context: int | None = None,
     banned: Sequence[int] = (),
 ) -> Routed:
-    """Continues B prompts by chunks, each from the token model `target` where `router` expects a gap above `threshold`, else
-    from CALM. `law` is how tokens are drawn, `sampler` and `decoding` how chunks are (`calm.core.generate`).
+    """Continues B prompts chunk by chunk: by the token model `target` where `router` expects a gap above `threshold`, else
+    by CALM.
 
     At a threshold of infinity it writes what `generate` writes with CALM and the same keys, at minus infinity what it writes
     with the token model.
 
+    Args:
+        token_sampler: sampler of the token model.
+        sampler: sampler of CALM's chunks.
+        decoding: decoding of CALM's latents (`calm.core.generate`); None = the model's own.
+
     Raises:
-        UsageError: models or a router that do not go together, prompts that do not fit.
+        UsageError: models or a router that do not belong together, prompts that do not fit.
     """
     target, proposer = checked_models(target, proposer)
     width = proposer.lm.config.backbone.dim
     if router.config.dim != width:
         raise UsageError(f"router: made for hidden states of width {router.config.dim}, this model's are {width} wide")
-    laid = lay_out(proposer, prompts, keys, special, max_tokens, context)
-    mask = mask_of(target.vocab_size, special, banned)
-    every, allowed = jnp.arange(target.vocab_size, dtype=jnp.int32), jnp.asarray(np.flatnonzero(np.isfinite(mask)), jnp.int32)
-    models = (Model(*nnx.split(target)), Model(*nnx.split(proposer)))
-    end = jnp.int32(special.end_id)
-    weights = (steps.prepare(models[0], every, end), steps.prepare(models[1], allowed, end))
-    recipe = _Recipe(law or SoftmaxSampler(), sampler or PlainSampler(), decoding or proposer.decoding)
+    layout, rows = lay_out(proposer, prompts, keys, special, max_tokens, context)
+    plan = _Plan(token_sampler or SoftmaxSampler(), sampler or PlainSampler(), decoding or proposer.decoding, layout)
+    models = combined(target, proposer, special, banned, None)
     limits = (jnp.float32(threshold), jnp.int32(-(-max_tokens // proposer.chunk_size)))
-    tokens, lengths, ended, chunks, by_tokens = jax.device_get(
-        _run(recipe, laid.layout, models, weights, Model(*nnx.split(router)), mask, keys, laid.texts, laid.lengths, limits)
-    )
+    tokens, lengths, ended, chunks, by_tokens = jax.device_get(_run(plan, models, Model(*nnx.split(router)), rows, limits))
     tokens = np.where(np.arange(max_tokens) < lengths[:, None], tokens[:, :max_tokens], special.end_id)
     return Routed(tokens, np.minimum(lengths, max_tokens), ended & (lengths < max_tokens), chunks, by_tokens)
 
 
-class _Recipe(NamedTuple):
-    law: SoftmaxSampler
+class _Plan(NamedTuple):
+    token_sampler: SoftmaxSampler
     sampler: Sampler
     decoding: str
+    layout: Layout
 
 
-@partial(jax.jit, static_argnums=(0, 1))
+@partial(jax.jit, static_argnums=0)
 def _run(
-    recipe: _Recipe,
-    layout: Layout,
-    models: tuple[Model, Model],
-    weights: tuple[Weights, Weights],
-    router: Model,
-    mask: Float[Array, "V"],
-    keys: Array,
-    texts: Int[Array, "B T"],
-    prompts: Int[Array, "B"],
-    limits: tuple[Float[Array, ""], Int[Array, ""]],
+    plan: _Plan, models: Models, router: Model, prompts: Prompts, limits: tuple[Float[Array, ""], Int[Array, ""]]
 ) -> tuple[Int[Array, "B X"], Int[Array, "B"], Bool[Array, "B"], Int[Array, "B"], Int[Array, "B"]]:
-    """Rows one after the other, as in drafting: each chooses for itself, so a batch would do the work of both models."""
-    together = Speculation(Drafting(), recipe.law, *weights, mask)
-    predictor, token_lm, size = together.predictor, together.target, together.size
+    """Continues rows one after the other, as each chooses for itself and a batch would do the work of both models."""
+    pair = Speculation(Drafting(), plan.token_sampler, models.target_weights, models.proposer_weights, models.mask)
+    predictor, token_lm, size, layout = pair.predictor, pair.target, pair.size, plan.layout
     chooser: Router = router.merge()
     threshold, most = limits
 
-    def one(each: tuple[Array, Array, Array]) -> tuple[Array, ...]:
+    def one(each: Prompts) -> tuple[Array, ...]:
         key, text, prompt = each
-        choices = uniforms_of(key, layout.capacity).choice
+        choices = draw_uniforms(key, layout.capacity).choice
         first = layout.start - prompt - begins_before(prompt, prompt, size)
 
         def by_tokens(row: Row) -> tuple[Array, Any]:
-            """K tokens, one after the other, behind all that has not been read."""
+            """K tokens, one after the other, after reading what the token model has not read."""
             at = layout.start + size * row.chunks
-            back = layout.start - size * layout.prompt_chunks - 1  # the place in the text of the state's first position
+            back = layout.start - size * layout.prompt_chunks - 1  # position in the text of the state's first one
 
             def read(state: BackboneState) -> tuple[Array, Any]:
                 block = jax.lax.dynamic_slice(row.text, (back + offset_of(state),), (size,))
@@ -145,19 +144,19 @@ def _run(
                 lambda state: at - back - offset_of(state) > size, lambda state: read(state)[1], row.target
             )
             due = at - back - offset_of(state)
-            behind = offset_of(state) + due
+            position = offset_of(state) + due
             hidden, state = read(state)
-            state = token_lm.backbone.rewind(state, behind)
+            state = token_lm.backbone.rewind(state, position)
 
             def write(carry: tuple[Array, Any], number: Array) -> tuple[tuple[Array, Any], Array]:
                 hidden, state = carry
-                token = draw_places(number[None, None], together.target_laws(hidden[None]))[0, 0].astype(jnp.int32)
+                token = draw_places(number[None, None], pair.target_probs(hidden[None]))[0, 0].astype(jnp.int32)
                 after, state = token_lm.hidden(token[None, None, None], state)
                 return (after[0, 0], state), token
 
             numbers = jax.lax.dynamic_slice_in_dim(choices, size * row.chunks, size)
             (_, state), tokens = jax.lax.scan(write, (hidden[due - 1], state), numbers)
-            return tokens, token_lm.backbone.rewind(state, behind + size - 1)
+            return tokens, token_lm.backbone.rewind(state, position + size - 1)
 
         def step(row: Row) -> Row:
             at = layout.start + size * row.chunks
@@ -169,13 +168,13 @@ def _run(
                 own = step_keys(key[None], row.chunks)
                 nothing = jnp.zeros((1, 0), jnp.int32)
                 source = ModelSource(
-                    predictor, weights[1].table, recipe.decoding, hidden[:, 0], previous, nothing, ~row.ended[None]
+                    predictor, models.proposer_weights.table, plan.decoding, hidden[:, 0], previous, nothing, ~row.ended[None]
                 )
-                return recipe.sampler.sample(own, source).chunk[0], row.target
+                return plan.sampler.sample(own, source).chunk[0], row.target
 
             turn = chooser(hidden[0, 0]) > threshold
             fresh, target = jax.lax.cond(turn, by_tokens, by_chunk, row)
-            ends = fresh == together.end_id
+            ends = fresh == pair.end_id
             return Row(
                 target=target,
                 state=state,
@@ -186,19 +185,17 @@ def _run(
                 length=row.length + jnp.where(ends.any(), jnp.argmax(ends), size).astype(jnp.int32),
             )
 
-        begun = begin(Drafting(), *models, text, prompt, layout)
-        own = begun.proposer
-        zero = jnp.zeros((), jnp.int32)
-        row = Row(
-            begun.target, BackboneState(Window(own.offset[0], own.starts), own.layers), text, zero, zero, begun.ended, zero
-        )
+        start = read_prompt(Drafting(), models, text, prompt, layout)
+        own, zero = start.proposer, jnp.zeros((), jnp.int32)
+        state = BackboneState(Window(own.offset[0], own.starts), own.layers)
+        row = Row(start.target, state, text, zero, zero, start.ended, zero)
         done = jax.lax.while_loop(lambda row: ~row.ended & (row.chunks < most), step, row)
         return done.text[layout.start :], done.length, done.ended, done.chunks, done.by_tokens
 
-    return jax.lax.map(one, (keys, texts, prompts))
+    return jax.lax.map(one, prompts)
 
 
 def offset_of(state: BackboneState) -> Int[Array, ""]:
-    """Positions read, padding included."""
+    """Number of positions read, padding included."""
     assert isinstance(state.window, Window)
     return state.window.offset

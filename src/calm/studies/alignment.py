@@ -1,20 +1,21 @@
-"""Does changing weights for a prompt say more of what is wanted than the same FLOPs spent otherwise?
+"""Weight updates for a prompt compared with the same FLOPs spent otherwise.
 
-For every concept, number of inner steps and seed, held-out prompts are continued in every way of `calm.alignment`: standard,
-aligned, and by each control; best of S has as many texts as the adaptation and its one text cost. What counts is the opinion
-of a classifier of decoded text that was trained on another split, does not see the concept's own words, and is never optimised
-(`calm.ttt.text_judge`). Beside it stand fluency by an independent token model, repetition, and the shares of the concept's
-words and of function words. Intervals are bootstraps over prompts; ways are compared prompt by prompt.
+For every concept, number of inner steps and seed, held-out prompts are continued in every variant of `calm.ttt.align`:
+standard, aligned, and by each control; best of S has as many texts as the adaptation and its one text cost. The result is
+the opinion of a classifier of decoded text that was trained on another split, does not see the concept's own words, and is
+never optimised (`calm.ttt.text_judge`), next to fluency by an independent token model, repetition, and the shares of the
+concept's words and of function words. Intervals are bootstraps over prompts; variants are compared prompt by prompt.
 
-What the critic knows of a concept comes from the train split, what the classifier knows from valid, and the prompts from the
-split that is scored.
+The critic learns a concept from the train split, the classifier from valid, and the prompts are of the split scored.
 """
 
 import dataclasses
+import functools
+import itertools
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -27,13 +28,11 @@ from calm.runs import bundle
 from calm.runs.stages import validation_blocks
 from calm.studies.runner import cell_folder
 from calm.studies.study import Request, cell_result
-from calm.ttt import align as alignment
-from calm.ttt.align import CONTROLS, Writer
+from calm.ttt.align import CONTROLS, Comparison
 from calm.ttt.brakes import Brakes
-from calm.ttt.concept import chunks_with, parse_words
-from calm.ttt.seal import Acted, SealConfig
-from calm.ttt.text_judge import TextJudge, fit_judge
-from calm.ttt.word_shares import STOP_WORDS, word_counts, words_of
+from calm.ttt.concept import By, chunks_with, concept_critic, parse_words
+from calm.ttt.seal import Continuations, SealConfig
+from calm.ttt.text_judge import STOP_WORDS, TextJudge, fit_judge, word_counts, words_of
 
 CONCEPTS = (
     "war,army,battle,troops,soldiers",
@@ -45,14 +44,14 @@ CONCEPTS = (
 STEPS = (3, 10)
 BEST = "best of S"
 ROLLED_BACK, MOST_LOSS = "rolled back", 0.2
-"""aligned texts, with the standard one in the place of those that read worse by more than this share (`Brakes.max_loss`)"""
-NOTHING_TO_SAY = Interval(estimate=float("nan"), low=float("nan"), high=float("nan"))
+"""variant: aligned texts, those that read worse by more than this share replaced by the standard one (`Brakes.max_loss`)"""
+NO_INTERVAL = Interval(estimate=float("nan"), low=float("nan"), high=float("nan"))
 MEASURES = ("judge", "fluency", "repeated", "concept words", "function words")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AlignmentRun:
-    """One cell."""
+    """Configuration of one cell."""
 
     model: str = ""
     """run of a latent language model"""
@@ -60,8 +59,8 @@ class AlignmentRun:
     judge: str = ""
     """run of a token model, or none"""
     concept: str = CONCEPTS[0]
-    by: alignment.By = "auto"
-    """how the critic judges a concept (`calm.alignment.wanted_critic`)"""
+    by: By = "auto"
+    """kind of the concept's critic (`calm.ttt.concept.concept_critic`)"""
     split: str = "test"
     prompts: int = 64
     prompt_tokens: int = 24
@@ -75,56 +74,58 @@ class AlignmentRun:
 
 
 def run_cell(run: AlignmentRun) -> dict[str, Any]:
-    """Writes in every way and measures every text: sums and counts for each prompt, so that cells can be pooled."""
+    """Writes all variants and measures every text: sums and counts for each prompt, so that cells can be pooled."""
     model = bundle.load(run.model)
     judge = bundle.load(run.judge) if run.judge else None
     words = parse_words(run.concept)
-    critic, found = alignment.wanted_critic(model, run.concept, run.data, run.by)
+    critic, found = concept_critic(model, run.concept, run.data, run.by)
     classifier = text_judge(model, run.data, words, run.num_chunks * model.chunk_size, run.seed)
     blocks, _ = validation_blocks(model.prepared_data(run.data), model.block_tokens, run.split, None)
     if len(blocks) < run.prompts:
         raise UsageError(f"align: {run.prompts} prompts need as many blocks of {run.split}, which has {len(blocks)}")
     prompts = [block[: run.prompt_tokens] for block in blocks[np.arange(run.prompts) * len(blocks) // run.prompts]]
     options: dict[str, Any] = dict(max_tokens=run.num_chunks * model.chunk_size, judge=judge, seed=run.seed)
-    writer = Writer(model, run.seal, prompts, critic, **options)
-    rewired = writer.rewire(critic)
-    aligned = writer.best(rewired.changes)
-    written = {"standard": (writer.standard, writer.cost.text), "aligned": (aligned, writer.cost.total)}
-    written |= {name: writer.control(name, rewired, aligned) for name in CONTROLS}
+    comparison = Comparison(model, run.seal, prompts, critic, **options)
+    adaptation = comparison.adapt(critic)
+    aligned = comparison.best(adaptation.changes)
+    variants = {"standard": (comparison.standard, comparison.cost.text), "aligned": (aligned, comparison.cost.total)}
+    variants |= {name: comparison.control(name, adaptation, aligned) for name in CONTROLS}
     return {
         "concept": run.concept,
         "steps": run.seal.inner_steps,
         "seed": run.seed,
         "found_in": found,
         "classifier_area": classifier.area,
-        "texts_of_best": writer.cost.texts,
-        "fluency_of": writer.fluency_of,
-        "reward_before": float(rewired.before.mean()),
-        "reward_after": float(rewired.after.mean()),
-        "drift": float(rewired.drift.mean()),
-        "ways": {name: measured(writer, acted, flops, classifier, words) for name, (acted, flops) in written.items()},
-        "example": {name: writer.decoded(acted)[0] for name, (acted, _) in written.items()},
+        "texts_of_best": comparison.cost.texts,
+        "fluency_of": comparison.fluency_of,
+        "reward_before": float(adaptation.before.mean()),
+        "reward_after": float(adaptation.after.mean()),
+        "drift": float(adaptation.drift.mean()),
+        "ways": {name: measured(comparison, texts, flops, classifier, words) for name, (texts, flops) in variants.items()},
+        "example": {name: comparison.decoded(texts)[0] for name, (texts, _) in variants.items()},
     }
 
 
-def measured(writer: Writer, acted: Acted, flops: float, classifier: TextJudge, words: Sequence[str]) -> dict[str, Any]:
-    """Of every text: [sum, count] of each measure."""
-    texts, count = writer.decoded(acted), len(acted.chunks)
-    fluency = writer.fluency(acted)
+def measured(
+    comparison: Comparison, written: Continuations, flops: float, classifier: TextJudge, words: Sequence[str]
+) -> dict[str, Any]:
+    """FLOPs, reward, and [sum, count] of each measure for every text."""
+    texts, count = comparison.decoded(written), len(written.chunks)
+    fluency = comparison.fluency(written)
     ones = np.ones(count)
     single = {part for word in words for part in words_of(word)}
     pairs = {
         "judge": np.stack([classifier(texts), ones], axis=1),
         "fluency": np.stack([np.nan_to_num(fluency), np.isfinite(fluency)], axis=1),
-        "repeated": repeated(list(writer.tokens(acted)), REPEATED),
+        "repeated": repeated(list(comparison.tokens(written)), REPEATED),
         "concept words": word_counts(texts, single),
         "function words": word_counts(texts, STOP_WORDS),
     }
-    return {"flops": flops, "reward": acted.rewards[:, 0].tolist(), **{name: pair.tolist() for name, pair in pairs.items()}}
+    return {"flops": flops, "reward": written.rewards[:, 0].tolist(), **{name: pair.tolist() for name, pair in pairs.items()}}
 
 
 def text_judge(model: bundle.Bundle, data: str, words: Sequence[str], length: int, seed: int) -> TextJudge:
-    """A classifier of passages of `length` tokens of the valid split: those with a word of the concept against the others."""
+    """Classifier of passages of `length` tokens of the valid split: with a word of the concept, against the others."""
     opened = model.prepared_data(data)
     valid = opened.split("valid")
     count = valid.num_tokens // length
@@ -140,43 +141,48 @@ def text_judge(model: bundle.Bundle, data: str, words: Sequence[str], length: in
 # -- the study --------------------------------------------------------------------------------------------------------
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True)
 class AlignmentStudy:
     """Concepts by numbers of inner steps, and a picture of gain against cost."""
 
-    summary: str = "weight updates for a prompt against the same FLOPs spent otherwise"
-    options: frozenset[str] = frozenset(("data", "model", "concept", "judge", "split", "texts"))
     steps: tuple[int, ...] = STEPS
+    options: ClassVar[frozenset[str]] = frozenset(("data", "model", "concept", "judge", "split", "texts"))
 
-    def run(self, request: Request) -> dict[str, Any]:
-        """One cell for each concept, number of inner steps and seed."""
+    def cells(self, request: Request) -> dict[str, AlignmentRun]:
+        """`CONCEPT-steps-STEPS` -> its configuration, named by the concept's first word."""
         if request.model is None:
             raise UsageError(f"experiment {request.name}: needs --model, the run of a latent language model")
         concepts = tuple(request.concepts) or CONCEPTS
-        cells = {f"{_short(concept)}-steps-{steps}": (concept, steps) for concept in concepts for steps in self.steps}
-        if len(cells) < len(concepts) * len(self.steps):
+        if len(set(map(_short, concepts))) < len(concepts):
             raise UsageError(f"experiment {request.name}: two concepts begin with the same word, and cells are named by it")
-        results = []
-        for seed in request.seeds:
-            for name in request.chosen(list(cells)):
-                concept, steps = cells[name]
-                settings = dict(model=request.model, data=str(request.data), judge=request.score.judge or "", concept=concept)
-                chosen = dict(split=request.score.split, seed=seed, seal=SealConfig(inner_steps=steps))
-                prompts: dict[str, Any] = {"prompts": request.score.texts} if request.score.texts else {}
-                run = AlignmentRun(**settings, **chosen, **prompts)
-                work: Callable[[], dict[str, Any]] = lambda run=run: run_cell(run)  # noqa: E731
-                request.say(f"{name} seed {seed}")
-                result = cell_result(cell_folder(request.out, name, seed), run, work, request.say)
-                results += [] if result is None else [{"cell": name, **rolled_back(result)}]
+        base = AlignmentRun(
+            model=request.model, data=str(request.data), judge=request.score.judge or "", split=request.score.split
+        )
+        base = dataclasses.replace(base, prompts=request.score.texts or base.prompts)
+        return {
+            f"{_short(concept)}-steps-{steps}": dataclasses.replace(base, concept=concept, seal=SealConfig(inner_steps=steps))
+            for concept in concepts
+            for steps in self.steps
+        }
+
+    def run(self, request: Request) -> dict[str, Any]:
+        """One cell for each concept, number of inner steps and seed."""
+        cells, results = self.cells(request), []
+        for seed, name in itertools.product(request.seeds, request.chosen(list(cells))):
+            request.log(f"{name} seed {seed}")
+            run = dataclasses.replace(cells[name], seed=seed)
+            result = cell_result(cell_folder(request.out, name, seed), run, functools.partial(run_cell, run), request.log)
+            if result is not None:
+                results.append({"cell": name, **rolled_back(result)})
         if not results:
             return request.written([], f"{request.name}: no cell is done yet")
         picture(results, request.out / f"{request.name}.png")
-        return request.written(results, summary_of(results, f"{request.name}: {self.summary}"))
+        return request.written(results, report(results, request.title))
 
 
 def rolled_back(result: dict[str, Any]) -> dict[str, Any]:
-    """A cell's result with one way more, behind the aligned texts: those of them that do not read much worse, else the
-    standard ones. It costs the standard text as well; what the judge's reading costs is not counted."""
+    """A cell's result with the variant `ROLLED_BACK` added: aligned texts, replaced by the standard ones where they read much
+    worse. Its FLOPs include the standard text, but not the judge's reading."""
     standard, aligned = (result["ways"][way] for way in ("standard", "aligned"))
     bits = [np.asarray(way["fluency"], np.float64)[:, 0] for way in (standard, aligned)]
     back = Brakes(max_loss=MOST_LOSS).reads_too_badly(bits[1], bits[0]).tolist()
@@ -190,7 +196,7 @@ def rolled_back(result: dict[str, Any]) -> dict[str, Any]:
 
 
 def pooled(results: Sequence[dict[str, Any]], way: str, measure: str) -> BlockSums:
-    """A measure of one way over cells, one unit a prompt: a prompt's texts of different concepts and seeds go together."""
+    """A measure of one variant over cells; the unit is a prompt, with its texts of all concepts and seeds."""
     totals = np.sum([np.asarray(result["ways"][way][measure], np.float64) for result in results], axis=0)
     return BlockSums(total=totals[:, :1], count=totals[:, 1], document=np.arange(len(totals)), block_tokens=1024)
 
@@ -200,13 +206,13 @@ def _mean(means: np.ndarray) -> np.ndarray:
 
 
 def against(results: Sequence[dict[str, Any]], one: str, two: str) -> Interval:
-    """The difference of two ways in the classifier's log-odds, prompt by prompt."""
+    """Difference of two variants in the classifier's log-odds, prompt by prompt."""
     first, second = (pooled(results, way, "judge") for way in (one, two))
     return paired_bootstrap(first, second, [_mean])[0]
 
 
-def summary_of(results: Sequence[dict[str, Any]], title: str) -> str:
-    """A table for each number of steps, and in words whether weight updates are above best of S."""
+def report(results: Sequence[dict[str, Any]], title: str) -> str:
+    """A table for each number of steps, and a sentence on whether weight updates beat best of S."""
     parts = [title]
     for steps in dict.fromkeys(result["steps"] for result in results):
         own = [result for result in results if result["steps"] == steps]
@@ -229,7 +235,7 @@ def summary_of(results: Sequence[dict[str, Any]], title: str) -> str:
 
 
 def verdict(results: Sequence[dict[str, Any]], way: str) -> str:
-    """Whether texts of changed weights are above best of S at equal FLOPs, and what fluency they cost, in a sentence each."""
+    """Comparison of adapted texts with best of S at equal FLOPs, and their cost in fluency, in a sentence each."""
     difference = against(results, way, BEST)
     said = "do not differ from" if not difference.excludes_zero else "beat" if difference.estimate > 0 else "lose to"
     count = round(np.mean([result["texts_of_best"] for result in results]))
@@ -245,7 +251,7 @@ def verdict(results: Sequence[dict[str, Any]], way: str) -> str:
 
 
 def by_concept(results: Sequence[dict[str, Any]]) -> str:
-    """Concept by concept: a mean over concepts can hide texts that read easily because they repeat themselves."""
+    """Table by concept; a mean over concepts can hide texts that read easily because they repeat themselves."""
     rows = []
     for concept in dict.fromkeys(result["concept"] for result in results):
         own = [result for result in results if result["concept"] == concept]
@@ -257,7 +263,7 @@ def by_concept(results: Sequence[dict[str, Any]]) -> str:
 
 
 def fluency_cost(results: Sequence[dict[str, Any]], way: str) -> Interval | None:
-    """By what share a way's texts read worse than the standard ones, prompt by prompt."""
+    """Relative loss of fluency of a variant's texts against the standard ones, prompt by prompt; None without texts."""
     own, standard = (pooled(results, each, "fluency") for each in (way, "standard"))
     if not (own.count.sum() and standard.count.sum()):
         return None
@@ -279,7 +285,7 @@ def picture(results: Sequence[dict[str, Any]], out: Path) -> None:
             panes[0].append(against(own, way, "standard"))
             panes[1].append(_interval(own, way, "fluency"))
         for axes, found in zip(panels, panes, strict=True):
-            values = [interval or NOTHING_TO_SAY for interval in found]
+            values = [interval or NO_INTERVAL for interval in found]
             spans = [[max(i.estimate - i.low, 0) for i in values], [max(i.high - i.estimate, 0) for i in values]]
             style: dict[str, Any] = dict(fmt="o-", color=colour, markersize=3, linewidth=1, capsize=2, label=way)
             axes.errorbar(cost, [i.estimate for i in values], yerr=np.nan_to_num(spans), **style)
@@ -291,7 +297,7 @@ def picture(results: Sequence[dict[str, Any]], out: Path) -> None:
 
 
 def _interval(results: Sequence[dict[str, Any]], way: str, measure: str) -> Interval | None:
-    """None where there is nothing to count, as in texts without a word."""
+    """Mean of a measure; None where there is nothing to count, as in texts without a word."""
     sums = pooled(results, way, measure)
     return bootstrap(sums, [_mean])[0] if sums.count.sum() else None
 
@@ -309,5 +315,5 @@ def _average(results: Sequence[dict[str, Any]], name: str) -> str:
 
 
 def _short(concept: str) -> str:
-    """A name for folders."""
+    """A concept's first word, as a name of folders."""
     return re.sub(r"\W+", "-", parse_words(concept)[0].lower())

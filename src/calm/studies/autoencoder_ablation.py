@@ -1,9 +1,8 @@
-"""What each part of the autoencoder's loss does: one cell without, or with more of, each.
+"""Effect of each part of the autoencoder's loss: one cell without it, or with more of it.
 
-The base is the autoencoder of the preset `wikitext2-tiny` with fewer steps; every cell changes one thing. Scored are the round
-trip, what it bears (noise of .3 in latent units and of .3 aggregate standard deviations), and what the latents look like
-(`calm inspect autoencoder`). How well a language model predicts such latents is another question, which costs a language model
-for every cell.
+The base is the autoencoder of the preset `wikitext2-tiny` with fewer steps; every cell changes one thing. Scored are the
+round trip, without noise and with noise of .3 latent units and of .3 aggregate standard deviations, and statistics of the
+latents (`calm inspect autoencoder`). How well a language model predicts such latents would cost a language model a cell.
 
 CALM (arXiv:2510.27688) reports that without the KL clamp 71 of 128 dimensions collapse, and that both dropouts make latents
 robust.
@@ -22,6 +21,7 @@ from calm.runs import bundle, presets
 from calm.runs.evaluation import inspect_latents
 from calm.runs.stages import AutoencoderRun
 from calm.studies.runner import Cell, run_cells
+from calm.studies.scoring import by_cell
 from calm.text.atomic_write import write_whole
 from calm.text.shards import open_data
 
@@ -69,7 +69,7 @@ def cells(data: str, steps: int) -> list[Cell]:
 
 
 def inspected(folder: Path) -> dict[str, Any]:
-    """The score of a cell."""
+    """Score of a cell."""
     found = inspect_latents(bundle.load(folder, precision="auto"), max_tokens=16 * 1024)
     latent, _, aggregate = found.curves
     at = latent.levels.index(0.3)
@@ -91,16 +91,11 @@ def run(data: str | Path, out: str | Path, *, steps: int = 200, seeds: Sequence[
     """Runs what is missing, writes OUT/ablation.md and returns it."""
     results = run_cells(cells(str(data), steps), out, seeds=seeds, score=inspected)
     rows = []
-    for name in dict.fromkeys(result["cell"] for result in results):
-        of_cell = [result for result in results if result["cell"] == name]
+    for name, of_cell in by_cell(results).items():
         means = {key: sum(result[key] for result in of_cell) / len(of_cell) for key, _ in COLUMNS.values()}
         rows.append([name.replace("-", " "), *[form.format(means[key]) for key, form in COLUMNS.values()]])
-    parts = [
-        table(["cell", *COLUMNS], rows, markdown=True),
-        "",
-        f"{steps} steps, seeds {list(seeds)}; {results[0]['protocol']}",
-    ]
-    text = "\n".join(parts)
+    text = table(["cell", *COLUMNS], rows, markdown=True)
+    text += f"\n\n{steps} steps, seeds {list(seeds)}; {results[0]['protocol']}"
     write_whole(Path(out) / "ablation.md", text + "\n")
     return text
 

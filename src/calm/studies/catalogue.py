@@ -1,180 +1,104 @@
-"""The studies that there are, by name. Most are a list of language models at one budget of training FLOPs.
+"""Studies by name. Importing this module imports none of them; each is imported when it is asked for.
 
-All language models have the backbone of the presets `wikitext2-tiny` (4 layers of width 256), rows of 512 tokens, two rows a
-step, and their own best learning rate; a cell's autoencoder is trained first, once for each K, and paid for from the cell's
-budget.
+A study of this package is one file and one line of `STUDIES`. A study of another package registers itself on import:
+
+    @register("depths", "how many layers a small CALM needs")
+    class DepthStudy(LanguageModelStudy):
+        ...
 """
 
-import dataclasses
+import importlib
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
-from calm.core.energy_head import EnergyHeadConfig
-from calm.core.head import HeadConfig
-from calm.core.latent_lm import LatentLMConfig
-from calm.core.objective import EnergyTerm, LatentLossConfig, Term
-from calm.decoders.likelihood import LikelihoodTerm
 from calm.errors import UsageError
-from calm.heads.diffusion import DiffusionHeadConfig
-from calm.heads.flow import FlowHeadConfig
-from calm.heads.mixture import MixtureHeadConfig
-from calm.heads.slot_energy import SlotEnergyTerm
-from calm.heads.terms import AnchorTerm, AuxiliaryTerm, OwnTerm
 from calm.registry import suggestion
-from calm.runs import presets
-from calm.runs.presets import SMALL_WRITER
-from calm.runs.stages import LatentLMRun, TokenLMRun
-from calm.studies import reasoner_on_z
-from calm.studies.alignment import AlignmentStudy
-from calm.studies.gates import ProbeStudy
-from calm.studies.hybrids import HybridStudy
-from calm.studies.latent_spaces import LatentSpaceStudy
-from calm.studies.loss_kinds import LossKindStudy
-from calm.studies.memory import MemoryStudy
-from calm.studies.path_ablation import AblationStudy
-from calm.studies.regularisers import RegulariserStudy
-from calm.studies.runner import Cell
-from calm.studies.study import LanguageModelStudy, Place, Study
-from calm.train.settings import TrainConfig
 
-ROWS, NUM_TOKENS = 2, 512
-OTHER_HEADS: dict[str, HeadConfig] = {
-    "flow": FlowHeadConfig(),
-    "diffusion": DiffusionHeadConfig(),
-    "mixture": MixtureHeadConfig(),
+
+@runtime_checkable
+class Study(Protocol):
+    """A question answered by many short runs; built without arguments."""
+
+    @property
+    def options(self) -> frozenset[str]:
+        """Options of `calm experiment` that the study reads, besides out, seeds and only. Others are refused; data is
+        required where it is among them."""
+        ...
+
+    def run(self, request: Any) -> dict[str, Any]:
+        """Runs the cells that are missing for a `calm.studies.study.Request` and returns `request.written(...)`."""
+        ...
+
+
+class Listing(NamedTuple):
+    """One line of the catalogue."""
+
+    summary: str
+    """the question, in a line"""
+    source: str | Callable[[], Study]
+    """class of the study, or `module:Class` below `calm.studies`"""
+
+
+STUDIES: dict[str, Listing] = {
+    "chunk-sizes": Listing("a token model and CALM at K = 1, 2, 4, 8, at equal training compute", "chunk_sizes:ChunkSizeStudy"),
+    "recipes": Listing("what makes CALM learn at small scale, at K = 4", "recipes:RecipeStudy"),
+    "stems": Listing("what the backbone reads: tokens, latents or both", "stems:StemStudy"),
+    "reasoner-on-z": Listing("a model on latents whose backbone runs 1, 2, 3 times", "reasoner_on_z:ReasonerStudy"),
+    "memory": Listing(
+        "which mixer remembers what: copying, selective copying, induction, associative recall", "memory:MemoryStudy"
+    ),
+    "align": Listing("weight updates for a prompt against the same FLOPs spent otherwise", "alignment:AlignmentStudy"),
+    "losses": Listing(
+        "the energy score, the direction term, and both, under a gated head that reads latents", "loss_kinds:LossKindStudy"
+    ),
+    "regularisers": Listing(
+        "do label smoothing, z-loss, a hidden flow or averaged weights keep a token model from collapsing?",
+        "regularisers:RegulariserStudy",
+    ),
+    "hybrids": Listing(
+        "patterns of mixers under one latent language model, at equal compute and at equal size", "hybrids:HybridStudy"
+    ),
+    "ablation": Listing(
+        "what the paths, the segments and the controller of a hybrid token model are worth, masked and retrained",
+        "path_ablation:PathAblationStudy",
+    ),
+    "probes": Listing("which paths the gates of a hybrid token model hear, by layer and position", "gates:GateStudy"),
+    "latent-spaces": Listing(
+        "a spherical latent beside the Gaussian, a hierarchical autoencoder beside a flat one, and BrierLM on each",
+        "latent_spaces:LatentSpaceStudy",
+    ),
 }
-"""heads with a loss of their own, which takes the place of the energy score"""
-RATES = {"token": 3e-3, "pure": 2e-3, "written": 6e-3}
+
+T = TypeVar("T", bound=type)
+
+
+def register(name: str, summary: str) -> Callable[[T], T]:
+    """Decorator that adds a class of `Study` to the catalogue.
+
+    Raises:
+        UsageError: the name is taken.
+    """
+
+    def add(cls: T) -> T:
+        if name in STUDIES:
+            raise UsageError(f"study {name!r}: the name is taken; choose another")
+        STUDIES[name] = Listing(summary, cls)
+        return cls
+
+    return add
 
 
 def get(name: str) -> Study:
-    """The study of that name."""
+    """Imports and builds the study called `name`. Raises UsageError for an unknown one."""
     if name not in STUDIES:
         raise UsageError(f"unknown experiment {name!r}{suggestion(name, STUDIES)}; there are: {', '.join(STUDIES)}")
-    return STUDIES[name]
+    source = STUDIES[name].source
+    if isinstance(source, str):
+        module, _, attribute = source.partition(":")
+        source = getattr(importlib.import_module(f"calm.studies.{module}"), attribute)
+    return source()
 
 
-# -- cells ------------------------------------------------------------------------------------------------------------
-
-
-def _train(base: TrainConfig, rate: float, best: str) -> TrainConfig:
-    optimizer = dataclasses.replace(base.optimizer, learning_rate=rate)
-    return dataclasses.replace(base, batch_size=ROWS, num_tokens=NUM_TOKENS, optimizer=optimizer, best_metric=best)
-
-
-def token_run(place: Place) -> TokenLMRun:
-    """The token baseline."""
-    base = presets.get("wikitext2-tiny-pure").token_lm
-    return dataclasses.replace(base, data=place.data, train=_train(base.train, RATES["token"], base.train.best_metric))
-
-
-def pure_run(place: Place, chunk_size: int = 4, *terms: Term, num_samples: int = 8) -> LatentLMRun:
-    """Pure CALM: the energy head, decoded by the frozen autoencoder, trained by the energy and any other terms."""
-    base = presets.get("wikitext2-tiny-pure").lm
-    train = _train(base.train, RATES["pure"], "valid/objective")
-    loss = LatentLossConfig.of(EnergyTerm(), num_samples=num_samples).with_terms(*terms)
-    return dataclasses.replace(
-        base,
-        data=place.data,
-        autoencoder=str(place.autoencoder(chunk_size)),
-        model=dataclasses.replace(base.model, context_decoder=None),
-        loss=loss,
-        train=train,
-    )
-
-
-def written_run(
-    place: Place,
-    chunk_size: int = 4,
-    *,
-    reads: str = "latent",
-    rate: float = RATES["written"],
-    num_samples: int = 2,
-    likelihood_samples: int = 1,
-) -> LatentLMRun:
-    """CALM whose chunks a context decoder writes. It `reads` the sampled latent alone, which a light energy score over two
-    samples keeps near the autoencoder's; or the hidden state alone, and then there is no latent, and no autoencoder to pay for;
-    or both. From the hidden state at K = 1 it is a token model with this decoder, what it looks back on included.
-    """
-    pure = pure_run(place, chunk_size)
-    use_latent, use_hidden = reads in ("latent", "both"), reads in ("hidden", "both")
-    terms = [LikelihoodTerm(num_samples=likelihood_samples), *([EnergyTerm(weight=0.1)] if use_latent else [])]
-    loss = LatentLossConfig.of(*terms, num_samples=num_samples)
-    writer = dataclasses.replace(SMALL_WRITER, use_latent=use_latent, use_hidden=use_hidden)
-    model = _with(pure.model, head=EnergyHeadConfig(num_blocks=1), context_decoder=writer)
-    optimizer = dataclasses.replace(pure.train.optimizer, learning_rate=rate)
-    return dataclasses.replace(pure, model=model, loss=loss, train=dataclasses.replace(pure.train, optimizer=optimizer))
-
-
-def _with(model: LatentLMConfig, **parts: object) -> LatentLMConfig:
-    return dataclasses.replace(model, **parts)  # type: ignore[arg-type]
-
-
-def _chunk_sizes(place: Place, budget: float | None) -> list[Cell]:
-    runs = {
-        "token": token_run(place),
-        "calm-k4": written_run(place, 4),
-        "calm-k2": written_run(place, 2),
-        "calm-k1": written_run(place, 1),
-        "calm-k8": written_run(place, 8),
-        "hidden-k4": written_run(place, 4, reads="hidden"),
-        "hidden-k1": written_run(place, 1, reads="hidden", rate=RATES["token"]),
-        "pure-k4": pure_run(place, 4, AuxiliaryTerm()),
-    }
-    return [Cell(name=name, run=run, budget=budget) for name, run in runs.items()]
-
-
-def _recipes(place: Place, budget: float | None) -> list[Cell]:
-    def model(**parts: object) -> LatentLMRun:
-        run = pure_run(place, 4, AuxiliaryTerm())
-        return dataclasses.replace(run, model=_with(run.model, **parts))
-
-    steps = pure_run(place).train.steps  # what hangs on them moves with a budget
-    runs = {
-        "energy": pure_run(place),
-        "auxiliary-1": pure_run(place, 4, AuxiliaryTerm()),
-        "auxiliary-3-falling": pure_run(place, 4, AuxiliaryTerm(weight=3.0, decay_steps=steps)),
-        "auxiliary-first": pure_run(place, 4, AuxiliaryTerm(decay_steps=steps), EnergyTerm(from_step=steps // 2)),
-        "anchor": pure_run(place, 4, AuxiliaryTerm(), AnchorTerm(weight=0.03)),
-        "likelihood": pure_run(place, 4, AuxiliaryTerm(), EnergyTerm(weight=0.1), LikelihoodTerm()),
-        "slot-energy": pure_run(place, 4, AuxiliaryTerm(), SlotEnergyTerm()),
-        "samples-16": pure_run(place, 4, AuxiliaryTerm(), num_samples=16),
-        "head-4-blocks": model(head=EnergyHeadConfig(num_blocks=4)),
-        **{
-            name: dataclasses.replace(model(head=head), loss=LatentLossConfig.of(OwnTerm(), AuxiliaryTerm()))
-            for name, head in OTHER_HEADS.items()
-        },
-        "written": written_run(place),
-        "written-from-hidden": written_run(place, reads="hidden"),
-        "written-from-both": written_run(place, reads="both"),
-        "written-mean-of-4": written_run(place, num_samples=4, likelihood_samples=4),
-    }
-    return [Cell(name=name, run=run, budget=budget) for name, run in runs.items()]
-
-
-def _stems(place: Place, budget: float | None) -> list[Cell]:
-    cells = []
-    for stem in ("discrete", "both", "continuous"):
-        run = pure_run(place, 4, AuxiliaryTerm())
-        cells.append(Cell(name=stem, run=dataclasses.replace(run, model=_with(run.model, stem=stem)), budget=budget))
-    return cells
-
-
-STUDIES: dict[str, Study] = {
-    "chunk-sizes": LanguageModelStudy(
-        summary="a token model and CALM at K = 1, 2, 4, 8, at equal training compute",
-        chunk_sizes=(8, 4, 2, 1),
-        cells=_chunk_sizes,
-    ),
-    "recipes": LanguageModelStudy(summary="what makes CALM learn at small scale, at K = 4", chunk_sizes=(4,), cells=_recipes),
-    "stems": LanguageModelStudy(summary="what the backbone reads: tokens, latents or both", chunk_sizes=(4,), cells=_stems),
-    "reasoner-on-z": LanguageModelStudy(
-        summary="a model on latents whose backbone runs 1, 2, 3 times", chunk_sizes=(4,), cells=reasoner_on_z.cells
-    ),
-    "memory": MemoryStudy(),
-    "align": AlignmentStudy(),
-    "losses": LossKindStudy(),
-    "regularisers": RegulariserStudy(),
-    "hybrids": HybridStudy(recipe=written_run),
-    "ablation": AblationStudy(),
-    "probes": ProbeStudy(),
-    "latent-spaces": LatentSpaceStudy(recipe=lambda place, chunk_size: pure_run(place, chunk_size, AuxiliaryTerm())),
-}
+def title(name: str) -> str:
+    """`NAME: SUMMARY`, the first words of a study's report."""
+    return f"{name}: {STUDIES[name].summary}" if name in STUDIES else name

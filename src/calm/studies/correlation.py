@@ -1,10 +1,9 @@
-"""Does BrierLM rank models as cross-entropy does? Many token models of known likelihood, scored by both.
+"""Rank correlation of BrierLM with cross-entropy, over many token models of known likelihood.
 
-A token model has a cross-entropy, so the two measures can be set side by side on the same held-out text: models of several
-sizes, each trained on all of the text with weight decay and on a little of it without, so that some overfit, each scored at
-several checkpoints. CALM (arXiv:2510.27688) reports a Pearson correlation of -0.966 over checkpoints of one kind; here it is
-the rank correlation, with the overfitted ones shown apart, since a score that is proper but not the logarithm may rank them
-otherwise.
+A token model has a cross-entropy, so both measures can be taken on the same held-out text: models of several sizes, each
+trained on all of the text with weight decay and on a little of it without, so that some overfit, each scored at several
+checkpoints. CALM (arXiv:2510.27688) reports a Pearson correlation of -0.966 over checkpoints of one kind; here it is the
+rank correlation, also without the overfitted models, which a proper score other than the logarithm may rank differently.
 
     python -m calm.studies.correlation DATA OUT
 """
@@ -13,6 +12,7 @@ import argparse
 import dataclasses
 import json
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ import jax
 import numpy as np
 import optax
 from jaxtyping import Float, Int
+from scipy import stats
 
 from calm.core.brier_lm import Protocol
 from calm.core.transformer import TransformerConfig
@@ -38,7 +39,7 @@ from calm.token.objective import TokenObjective
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Regime:
-    """How a model is trained: on how much of the text, and with what weight decay."""
+    """Share of the text that a model is trained on, and its weight decay."""
 
     name: str
     share: float
@@ -67,10 +68,12 @@ def run(
     seed: int = 0,
     quiet: bool = False,
 ) -> dict[str, Any]:
-    """Trains and scores every model; writes `correlation.json` and `correlation.txt` into `out` and returns what they say.
+    """Trains and scores every model, writes `correlation.json` and `correlation.txt` into `out`, returns the former.
 
     Args:
-        sizes: model widths D. checkpoints: steps at which a model is scored. max_tokens: held-out text that is scored.
+        sizes: model widths D.
+        checkpoints: steps at which a model is scored.
+        max_tokens: held-out tokens that are scored.
 
     Raises:
         UsageError: too little text, or nothing to correlate.
@@ -127,19 +130,13 @@ def correlations(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
 
 
 def spearman(one: Float[np.ndarray, "X"], two: Float[np.ndarray, "X"]) -> float:
-    """Pearson's correlation of the ranks; equal values share their mean rank. nan where one side is constant."""
-
-    def ranks(values: np.ndarray) -> np.ndarray:
-        _, place, count = np.unique(values, return_inverse=True, return_counts=True)
-        return (np.cumsum(count) - (count - 1) / 2)[place.reshape(-1)]
-
-    first, second = (ranks(values) - (len(values) + 1) / 2 for values in (one, two))
-    scale = np.sqrt(np.sum(first**2) * np.sum(second**2))
-    return float(np.sum(first * second) / scale) if scale else float("nan")
+    """Spearman's rank correlation; nan where one side is constant."""
+    with warnings.catch_warnings(action="ignore", category=stats.ConstantInputWarning):
+        return float(stats.spearmanr(one, two).statistic)
 
 
 def _checkpoints(data: Data, dim: int, regime: Regime, steps: Sequence[int], seed: int) -> Iterator[tuple[int, Any]]:
-    """Trains one model and hands it out at each of `steps`."""
+    """Trains one model and yields it at each of `steps`."""
     backbone = TransformerConfig(dim=dim, num_layers=2, num_heads=2, num_kv_heads=2, inner_dim=2 * dim)
     objective = TokenObjective(TokenLMConfig(vocab_size=data.tokenizer.vocab_size, backbone=backbone), context=LENGTH)
     params = objective.init(stream(jax.random.key(seed), "init"))

@@ -1,21 +1,20 @@
-"""Whom a hybrid's gates hear: the shares of its paths on held-out text, layer by layer and position by position.
+"""Gate shares of a hybrid's paths on held-out text, layer by layer and position by position.
 
-The models are those of `calm.studies.path_ablation` that have gates; in the folder of that study its cells are read, not
-trained again. `OUT/gates.csv` has a row for each cell, seed, segment, layer, position and path:
+The models are the cells of `calm.studies.path_ablation` that have gates; in that study's folder they are read, not trained
+again. `OUT/gates.csv` has a row for each cell, seed, segment, layer, position and path:
 
     mean, std     of the path's share, over the rows of text
-    entropy       of the gate at that layer and position in nats, mean over the rows; log P where all P paths are heard equally
+    entropy       of the gate at that layer and position in nats, mean over the rows; log P where all P paths have one share
 
-`OUT/gates-CELL.png` shows the means over seeds, blank where a layer has no such path.
+`OUT/gates-CELL.png` shows the means over seeds, blank where a layer does not have the path.
 """
 
 import csv
-import dataclasses
 import functools
 import io
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -23,11 +22,12 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from calm.errors import UsageError
+from calm.evaluate.plots import new_figure
 from calm.evaluate.tables import table
 from calm.runs import bundle
 from calm.runs.stages import TokenLMRun, validation_blocks
-from calm.studies.path_ablation import RETRAINED, AblationStudy, cells, trained
-from calm.studies.runner import cell_folder, grid
+from calm.studies.path_ablation import CELLS, PathAblationStudy, cells, trained
+from calm.studies.runner import cell_folder
 from calm.studies.scoring import LanguageModelScore, over_seeds
 from calm.studies.study import Request
 from calm.text.atomic_write import write_whole
@@ -37,15 +37,14 @@ BATCH = 8
 COLUMNS = ("cell", "seed", "segment", "layer", "position", "path", "mean", "std", "entropy")
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Gate:
-    """What one gate did over rows of text."""
+class Gate(NamedTuple):
+    """Statistics of one gate over rows of text."""
 
     segment: int
     layer: int
     """within its segment"""
     paths: str
-    """letters, in the order of P"""
+    """letters, in the order of axis P"""
     mean: Float[np.ndarray, "N P"]
     std: Float[np.ndarray, "N P"]
     entropy: Float[np.ndarray, "N"]
@@ -65,7 +64,7 @@ def gate_statistics(lm: TokenLM, tokens: Int[np.ndarray, "R N"]) -> list[Gate]:
     """
     config = lm.backbone.config
     if not config.num_shares:
-        raise UsageError(f"probes: pattern {config.pattern!r} has no gate; put two or more letters into a group")
+        raise UsageError(f"gates: pattern {config.pattern!r} has no gate; put two or more letters into a group")
     graph, params = nnx.split(lm)
     read = [_shares(graph, params, tokens[at : at + BATCH]) for at in range(0, len(tokens), BATCH)]
     found = []
@@ -79,7 +78,7 @@ def gate_statistics(lm: TokenLM, tokens: Int[np.ndarray, "R N"]) -> list[Gate]:
 
 
 def gate_rows(cell: str, seed: int, gates: Sequence[Gate]) -> Iterator[tuple[Any, ...]]:
-    """Rows of the csv, under `COLUMNS`; segments, layers and positions count from 0."""
+    """Rows of the csv under `COLUMNS`; segments, layers and positions count from 0."""
     for gate in gates:
         for position, entropy in enumerate(gate.entropy):
             for path, letter in enumerate(gate.paths):
@@ -88,10 +87,7 @@ def gate_rows(cell: str, seed: int, gates: Sequence[Gate]) -> Iterator[tuple[Any
 
 
 def draw_gates(of_seeds: Sequence[Sequence[Gate]], title: str, path: Path) -> None:
-    """A panel for each letter and one for the entropy, gates from below upwards, positions from left to right."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
+    """A panel for each letter and one for the entropy: gates from bottom to top, positions from left to right."""
     gates = of_seeds[0]
     letters = "".join(dict.fromkeys("".join(gate.paths for gate in gates)))
     blank = np.full(len(gates[0].entropy), np.nan)
@@ -103,8 +99,7 @@ def draw_gates(of_seeds: Sequence[Sequence[Gate]], title: str, path: Path) -> No
         for letter in letters
     }
     panels["entropy, nats"] = [np.mean([seed[row].entropy for seed in of_seeds], 0) for row in range(len(gates))]
-    figure = Figure(figsize=(3.4 * len(panels), 1.4 + 0.25 * len(gates)), layout="constrained", dpi=144)
-    FigureCanvasAgg(figure)
+    figure = new_figure(3.4 * len(panels), 1.4 + 0.25 * len(gates))
     for axes, (name, rows) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
         high = 1.0 if name.startswith("share") else float(np.log(max(len(gate.paths) for gate in gates)))
         image = axes.imshow(np.stack(rows), aspect="auto", origin="lower", vmin=0.0, vmax=high, interpolation="nearest")
@@ -116,39 +111,33 @@ def draw_gates(of_seeds: Sequence[Sequence[Gate]], title: str, path: Path) -> No
     figure.savefig(path)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ProbeStudy:
-    """Gate statistics of the ablation's cells, as csv, pictures and a table of means."""
+class GateStudy:
+    """Gate statistics of the path ablation's cells, as csv, pictures and a table of means."""
 
-    summary: str = "which paths the gates of a hybrid token model hear, by layer and position"
-    options: frozenset[str] = AblationStudy().options
+    options = PathAblationStudy.options
 
     def run(self, request: Request) -> dict[str, Any]:
-        every = grid(cells(str(request.data), request.budget), request.axes)
-        runs = {cell.name: cell.run for cell in every if isinstance(cell.run, TokenLMRun)}
-        gated = [name for name, run in runs.items() if run.model.backbone.num_shares]
-        _, results = trained(request, request.chosen(gated))
-        lines, found, parts = io.StringIO(), {}, [f"{request.name}: {self.summary}"]
+        every = cells(str(request.data), request.budget)
+        gated = [cell for cell in every if isinstance(cell.run, TokenLMRun) and cell.run.model.backbone.num_shares]
+        results = trained(request.select(gated), request)
+        if not results:
+            return request.written([], f"{request.title}: no cell is done yet")
+        lines, found = io.StringIO(), {}
         writer = csv.writer(lines, lineterminator="\n")
         writer.writerow(COLUMNS)
         for result in results:
             name, seed = result["cell"], result["seed"]
-            gates = probe(cell_folder(request.out, name, seed), request.score)
+            gates = gates_of(cell_folder(request.out, name, seed), request.score)
             found.setdefault(name, []).append(gates)
             writer.writerows(gate_rows(name, seed, gates))
-        if not results:
-            return request.written([], f"{parts[0]}: no cell is done yet")
         write_whole(request.out / "gates.csv", lines.getvalue())
         for name, gates in found.items():
             draw_gates(gates, name, request.out / f"gates-{name}.png")
-        parts += [
-            _summary(found),
-            "mean share over positions and text ± 95 % interval over seeds; by position: gates.csv",
-        ]
-        return request.written(results, "\n\n".join(parts))
+        note = "mean share over positions and text ± 95 % interval over seeds; by position: gates.csv"
+        return request.written(results, f"{request.title}\n\n{_summary(found)}\n\n{note}")
 
 
-def probe(folder: Path, score: LanguageModelScore) -> list[Gate]:
+def gates_of(folder: Path, score: LanguageModelScore) -> list[Gate]:
     """The gates of a trained token model on held-out text."""
     model = bundle.load(folder, precision=score.precision)
     if not isinstance(model.lm, TokenLM):
@@ -158,7 +147,7 @@ def probe(folder: Path, score: LanguageModelScore) -> list[Gate]:
 
 
 def _summary(found: dict[str, list[list[Gate]]]) -> str:
-    letters = dict.fromkeys(letter for pattern, _ in RETRAINED.values() for letter in pattern)
+    letters = dict.fromkeys(letter for pattern, _ in CELLS.values() for letter in pattern)
     rows = []
     for name, over in found.items():
         for place, gate in enumerate(over[0]):

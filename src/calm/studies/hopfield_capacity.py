@@ -1,12 +1,11 @@
-"""How much a Hopfield memory holds: random patterns are stored, half of each is lost, and the update has to find it again.
+"""Capacity of a Hopfield memory: random patterns are stored, half of one is erased, and the update has to restore it.
 
-N patterns are drawn uniformly from the sphere of radius sqrt(C) in C dimensions; a query is one of them with a random half of
-its coordinates set to 0. A query is retrieved when the update leaves it within a tenth of the length of the pattern from it.
-Beside every inverse temperature stands its limit, the pattern that resembles the query most (inner product): no beta can do
-better at finding it.
+N patterns are drawn uniformly from the sphere of radius sqrt(C) in C dimensions; a query is one of them with a random half
+of its coordinates set to 0. It counts as retrieved when the update comes within a tenth of the pattern's length of it. The
+bound at every inverse temperature is the pattern of the largest inner product with the query, which no beta can surpass.
 
-Ramsauer et al. 2020 (arXiv:2008.02217, theorem 3) show that so many patterns can be stored as is exponential in C, for
-queries that start near their pattern; here they start far from it, as a layer's do.
+Ramsauer et al. 2020 (arXiv:2008.02217, theorem 3) show that the number of patterns that can be stored is exponential in C,
+for queries that start near their pattern; here they start far from it, as a layer's do.
 
     python -m calm.studies.hopfield_capacity OUT
 """
@@ -55,7 +54,7 @@ def halved(key: PRNGKey, patterns: Float[Array, "Q width"]) -> Float[Array, "Q w
 def retrieved(
     key: PRNGKey, beta: Float[Array, ""], *, count: int, width: int, queries: int, steps: Sequence[int]
 ) -> Float[Array, "_"]:
-    """The share of queries that are retrieved after each of `steps` updates, and last that of the nearest pattern."""
+    """Share of queries retrieved after each of `steps` updates, and last the share whose nearest pattern is right."""
     patterns = draw(stream(key, "patterns"), count, width)
     which = jax.random.randint(stream(key, "which"), (queries,), 0, count)
     target, state = patterns[which], halved(stream(key, "halves"), patterns[which])
@@ -81,7 +80,7 @@ def run(
     queries: int = 256,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Measures every combination; writes `hopfield-capacity.json`, `.md` and `.png` into `out` and returns what they say.
+    """Measures every combination, writes `hopfield-capacity.json`, `.md` and `.png` into `out`, returns the first.
 
     Raises:
         UsageError: a width below two, or a number below one.
@@ -106,8 +105,8 @@ def run(
 
 
 def capacities(rows: Sequence[dict[str, Any]], wanted: float = WANTED) -> list[dict[str, Any]]:
-    """For each width and inverse temperature the largest number of patterns up to which the share `wanted` is retrieved, after
-    each number of updates and by the nearest pattern; 0 where the smallest number is too many already.
+    """Largest number of patterns up to which the share `wanted` is retrieved, for each width and inverse temperature: after
+    each number of updates, and by the nearest pattern. 0 where the smallest number tried is too many.
     """
 
     def largest(of: Sequence[tuple[int, float]]) -> int:
@@ -128,7 +127,7 @@ def capacities(rows: Sequence[dict[str, Any]], wanted: float = WANTED) -> list[d
 
 
 def capacity_table(capacity: Sequence[dict[str, Any]], most: int) -> str:
-    """Rows: inverse temperatures and numbers of updates; columns: widths. `most` patterns were tried, so it may be more."""
+    """Capacities by inverse temperature and updates (rows) and width (columns); `most` = the largest number tried."""
 
     def held(count: int) -> str:
         return f">= {count}" if count == most else str(count)

@@ -1,19 +1,18 @@
-"""Every pattern of mixers as the backbone of one latent language model: at equal compute, and at equal size.
+"""Patterns of mixers as the backbone of one latent language model: at equal compute, and at equal size.
 
-The recipe is given (`calm.studies.catalogue.written_run`), and the pattern of mixers is all that changes. A pattern stands
-in the table twice:
+The model is CALM with a context decoder, and `TransformerConfig.pattern` is all that changes. A pattern has two rows:
 
-    S          the width of A, trained with the FLOPs of the budget: a costly pattern sees less text
+    S          the width of A, trained with the FLOPs of the budget: an expensive pattern sees less text
     S-size     as many weights as A, trained on as many tokens as A: the FLOPs differ
 
-Letters side by side at the width of A are larger than A, and those of `-size` are therefore narrower: what is compared there is
-what a given number of weights is worth, whether they are width or paths.
+Letters side by side at the width of A have more weights than A, so those of `-size` are narrower: they compare what a
+number of weights is worth, whether it is spent on width or on paths.
 """
 
 import dataclasses
 import functools
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,29 +22,29 @@ from flax import nnx
 from calm.core.latent_lm import LatentLMConfig
 from calm.core.transformer import TransformerConfig
 from calm.errors import UsageError
-from calm.evaluate.tables import interval_text, table
 from calm.hybrid.backbone import of_pattern
 from calm.runs.stages import LatentLMRun, load_autoencoder, load_run_config
+from calm.studies.base_runs import context_decoder_run
 from calm.studies.runner import Cell, cell_folder, sized
-from calm.studies.scoring import BRIER, mean_report, results_table
-from calm.studies.study import OF_LANGUAGE_MODELS, LanguageModelStudy, Place, Request
+from calm.studies.scoring import Column, brier_table, results_table
+from calm.studies.study import LanguageModelStudy, Place, Request
 from calm.train.run_folder import read_records
 
 BASELINE = "A"
 PATTERNS = (BASELINE, "S", "H", "SH", "SHA", "C,H")
 CHUNK_SIZE = 4
 NEAR = 0.03
-"""share of the baseline's weights by which a pattern of equal size may differ"""
+"""largest relative difference in weights from the baseline at equal size"""
 
 
 # -- equal size -------------------------------------------------------------------------------------------------------
 
 
 def equal_size(model: LatentLMConfig, pattern: str) -> TransformerConfig:
-    """The backbone of this pattern with which the whole model has as many weights as `model`, within `NEAR`.
+    """The backbone of a pattern with which the whole model has as many weights as `model`, within `NEAR`.
 
-    The width is searched in steps that the heads of attention divide, the SwiGLU in proportion; then the SwiGLU alone takes up
-    what the steps of the width left over.
+    The width is searched in steps that the attention heads divide, the SwiGLU in proportion; then the SwiGLU alone takes up
+    the remainder.
 
     Raises:
         UsageError: no width comes near enough.
@@ -80,13 +79,13 @@ def equal_size(model: LatentLMConfig, pattern: str) -> TransformerConfig:
 
 @functools.cache
 def _around(model: LatentLMConfig, dim: int) -> int:
-    """Weights of what stands around a backbone of width `dim`, whatever its pattern."""
+    """Weights of the model outside its backbone, for a backbone of width `dim`."""
     backbone = TransformerConfig(dim=dim, num_layers=1, num_heads=1, num_kv_heads=1)
     return dataclasses.replace(model, backbone=backbone).parameters() - backbone.parameters()
 
 
 def cells(place: Place, budget: float | None, recipe: Callable[[Place, int], LatentLMRun]) -> list[Cell]:
-    """Every pattern at the budget, then every other than the baseline at its size, with its number of tokens."""
+    """All patterns at the budget, then all but the baseline at the baseline's size and number of tokens."""
     base = recipe(place, CHUNK_SIZE)
     of_budget = [Cell(name=pattern, run=with_backbone(base, pattern=pattern), budget=budget) for pattern in PATTERNS]
     codec = load_autoencoder(base.autoencoder)[0].config
@@ -106,17 +105,17 @@ def with_backbone(run: LatentLMRun, **settings: Any) -> LatentLMRun:
     return dataclasses.replace(run, model=dataclasses.replace(run.model, backbone=backbone))
 
 
-# -- what is measured -------------------------------------------------------------------------------------------------
+# -- measurements ----------------------------------------------------------------------------------------------------
 
 
 def state_bytes(config: TransformerConfig, context: int) -> int:
-    """Bytes of the state of one sequence with room for `context` positions, as generation keeps it; counted on shapes."""
+    """Bytes of the generation state of one sequence with room for `context` positions, computed from shapes."""
     state = nnx.eval_shape(lambda: config.build(rngs=nnx.Rngs(0)).init_state(1, context).layers)
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
 
 
-def costs(folder: Path) -> dict[str, float]:
-    """Of a trained run: weights, tokens a second while it trained (the median of its records), bytes of a sequence's state."""
+def costs(folder: Path) -> dict[str, int | float]:
+    """Weights, width, tokens per second of training (the median of its records) and state bytes of a trained run."""
     run = load_run_config(folder)
     assert isinstance(run, LatentLMRun)
     rates = [record["tokens_per_second"] for record in read_records(folder / "timing.jsonl") if "tokens_per_second" in record]
@@ -128,7 +127,7 @@ def costs(folder: Path) -> dict[str, float]:
     }
 
 
-COLUMNS: dict[str, Callable[[Mapping[str, Any]], float | None]] = {
+COLUMNS: dict[str, Column] = {
     "D": lambda result: result["width"],
     "weights, M": lambda result: result["parameters"] / 1e6,
     "tokens, M": lambda result: result["tokens"] / 1e6,
@@ -139,22 +138,14 @@ COLUMNS: dict[str, Callable[[Mapping[str, Any]], float | None]] = {
 }
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class HybridStudy:
-    """A study of language models, with what each pattern costs behind its table."""
+class HybridStudy(LanguageModelStudy):
+    """The patterns, with their sizes and costs in a second table."""
 
-    recipe: Callable[[Place, int], LatentLMRun]
-    """the run for a place and K, whose backbone gets the patterns"""
-    summary: str = "patterns of mixers under one latent language model, at equal compute and at equal size"
-    options: frozenset[str] = OF_LANGUAGE_MODELS
+    def cells(self, place: Place, budget: float | None) -> list[Cell]:
+        return cells(place, budget, context_decoder_run)
 
     def run(self, request: Request) -> dict[str, Any]:
-        study = LanguageModelStudy(
-            summary=self.summary,
-            chunk_sizes=(CHUNK_SIZE,),
-            cells=lambda place, budget: cells(place, budget, self.recipe),
-        )
-        found = study.run(request)
+        found = super().run(request)
         results = [result | costs(cell_folder(request.out, result["cell"], result["seed"])) for result in found["results"]]
         parts = [found["summary"]]
         if results:
@@ -162,16 +153,5 @@ class HybridStudy:
                 results_table(results, COLUMNS),
                 "-size: as many weights and tokens as A; else the budget. D, weights and state do not hang on the seed",
                 brier_table(request.out, results),
-                "BrierLM with its 95 % interval by bootstrap over the text, each cell the mean of its seeds",
             ]
         return request.written(results, "\n\n".join(parts))
-
-
-def brier_table(out: Path, results: Sequence[Mapping[str, Any]]) -> str:
-    """BrierLM of every cell with its interval over the text."""
-    rows = []
-    for name in dict.fromkeys(result["cell"] for result in results):
-        folders = [cell_folder(out, name, result["seed"]) for result in results if result["cell"] == name]
-        folders = [folder for folder in folders if (folder / BRIER).is_file()]
-        rows.append([name, interval_text(mean_report(folders).brier_lm) if folders else "-"])
-    return table(["cell", "BrierLM"], rows)

@@ -1,43 +1,44 @@
-"""What a latent space is worth: a sphere beside the Gaussian, two levels beside one, each with the language model on it.
+"""Latent spaces compared with the language model on them: spherical and Gaussian, one level and two.
 
-A cell is an autoencoder and a language model that predicts its latents. Half of a budget trains the first, the rest the second,
-so that a costlier autoencoder sees less text, as in all studies. Unlike in those, every seed trains its own autoencoder: it is
-what is compared.
+A cell is an autoencoder and a language model that predicts its latents. Half of a budget trains the first, the rest the
+second, so that a more expensive autoencoder sees less text. Unlike in other studies every seed trains its own autoencoder,
+as it is what is compared.
 
-The language model is pure CALM with the auxiliary cross-entropy. A context decoder would write the chunk itself and could make
-up for a bad latent space; here every token has to come through the frozen autoencoder. Without the auxiliary term all cells
-stay at BrierLM 0 at this size (docs/log.md), which compares nothing.
+The language model is pure CALM with the auxiliary cross-entropy. A context decoder writes the chunk itself and could make
+up for a bad latent space; here every token has to pass through the frozen autoencoder. Without the auxiliary term all
+cells stay at BrierLM 0 at this size (docs/log.md), which compares nothing.
 
     gaussian-k4                     the usual one: K = 4, Z = 64
     spherical-k4                    the same with a power-spherical posterior
     gaussian-k16                    K = 16, Z = 256, twice as wide: 16 tokens do not pass through a width of 128
     hierarchical-k16                the same with a lower level of 4 tokens
-    hierarchical-k16-upper-loss     and that without a loss on the lower level: is it the shape or the loss that does it?
+    hierarchical-k16-upper-loss     the same without a loss on the lower level
 """
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from calm.config import from_dict
 from calm.core.autoencoder import AutoencoderConfig
 from calm.core.intervals import Interval
 from calm.evaluate.inspection import AutoencoderInspection
 from calm.evaluate.tables import interval_text, table
+from calm.heads.terms import AuxiliaryTerm
 from calm.posteriors.hierarchical import HierarchicalAutoencoder
 from calm.runs import bundle, presets
 from calm.runs.evaluation import inspect_latents
 from calm.runs.stages import AutoencoderRun, LatentLMRun
-from calm.studies.hybrids import brier_table
-from calm.studies.runner import RESULT, Cell, cell_folder, grid, run_cells
-from calm.studies.scoring import LanguageModelScore, results_table
-from calm.studies.study import OF_LANGUAGE_MODELS, Place, Request, summary_of
+from calm.studies.base_runs import pure_run
+from calm.studies.runner import RESULT, Cell, cell_folder, run_cells
+from calm.studies.scoring import Column, LanguageModelScore, brier_table, results_table
+from calm.studies.study import LANGUAGE_MODEL_OPTIONS, Place, Request, comparison
 
 AUTOENCODER_SHARE = 0.5
-"""of a budget"""
+"""share of a budget that trains the autoencoder"""
 LEVELS = (0.3, 0.6)
-"""noise that the latent has to bear, in units of its aggregate standard deviation"""
+"""noise added to latents, in units of their aggregate standard deviation"""
 CODED_TOKENS = 16 * 1024
 """held-out tokens that the autoencoders are scored on"""
 
@@ -56,8 +57,11 @@ SPACES: dict[str, dict[str, Any]] = {
 def autoencoder_run(place: Place, name: str) -> AutoencoderRun:
     """Stage 1 of a cell."""
     base = presets.get("wikitext2-tiny").autoencoder
-    model = from_dict(AutoencoderConfig, SPACES[name], base.model)
-    return dataclasses.replace(base, data=place.data, model=model)
+    return dataclasses.replace(base, data=place.data, model=from_dict(AutoencoderConfig, SPACES[name], base.model))
+
+
+def _with_auxiliary(place: Place) -> LatentLMRun:
+    return pure_run(place, 4, AuxiliaryTerm())
 
 
 def autoencoders(place: Place, budget: float | None) -> list[Cell]:
@@ -80,11 +84,11 @@ def _autoencoder_of(cell: Cell) -> Path:
     return Path(cell.run.autoencoder)
 
 
-# -- what is measured -------------------------------------------------------------------------------------------------
+# -- measurements ----------------------------------------------------------------------------------------------------
 
 
 def coding(folder: Path, score: LanguageModelScore) -> dict[str, Any]:
-    """The score of an autoencoder: what comes back, under noise too, and what its latents are like; and of a lower level."""
+    """Score of an autoencoder, and of its lower level: reconstruction, also under noise, and statistics of the latents."""
     model = bundle.load(folder, precision=score.precision)
 
     def measured(model: bundle.Bundle) -> dict[str, Any]:
@@ -98,7 +102,7 @@ def coding(folder: Path, score: LanguageModelScore) -> dict[str, Any]:
 
 
 def measures(found: AutoencoderInspection) -> dict[str, Any]:
-    """Shares with their intervals over the text, and the latents' statistics."""
+    """Shares of tokens and chunks right, with intervals over the text, and statistics of the latents."""
     curve = next(curve for curve in found.curves if curve.unit == "aggregate")
     at = {level: curve.levels.index(level) for level in (0.0, *LEVELS)}
     shares = {f"tokens {level:g}": curve.tokens[place] for level, place in at.items()}
@@ -119,7 +123,7 @@ def _share(name: str) -> Callable[[Mapping[str, Any]], float]:
     return lambda result: 100 * result["shares"][name]["estimate"]
 
 
-CODING_COLUMNS: dict[str, Callable[[Mapping[str, Any]], float | None]] = {
+CODING_COLUMNS: dict[str, Column] = {
     "tokens right %": _share("tokens 0"),
     "chunks right %": _share("chunks 0"),
     **{f"{what} at {level:g} std": _share(f"{what} {level:g}") for level in LEVELS for what in ("tokens", "chunks")},
@@ -158,42 +162,36 @@ def accuracy_table(rows: Sequence[Mapping[str, Any]]) -> str:
     return table(["autoencoder", *header], found)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True)
 class LatentSpaceStudy:
-    """Autoencoders, and a language model on each: what comes back, what it bears, and what is predicted."""
+    """Autoencoders and a language model on each: reconstruction, robustness to noise, and BrierLM."""
 
-    recipe: Callable[[Place], LatentLMRun]
-    """the language model for a place, whose autoencoder is replaced by the cell's"""
-    summary: str = "a spherical latent beside the Gaussian, a hierarchical autoencoder beside a flat one, and BrierLM on each"
-    options: frozenset[str] = OF_LANGUAGE_MODELS
+    recipe: Callable[[Place], LatentLMRun] = _with_auxiliary
+    """the language model, whose autoencoder is replaced by the cell's"""
+    options: ClassVar[frozenset[str]] = LANGUAGE_MODEL_OPTIONS
 
     def run(self, request: Request) -> dict[str, Any]:
         place = Place(str(request.data), request.out)
-        chosen = set(request.chosen([cell.name for cell in self._cells(place, request, request.seeds[0])]))
         coded, results = [], []
         for seed in request.seeds:
-            cells = [cell for cell in self._cells(place, request, seed) if cell.name in chosen]
+            cells = self._cells(place, request, seed)
             needed = set(map(_autoencoder_of, cells))
-            stage_1 = [
-                cell for cell in autoencoders(place, request.budget) if cell_folder(request.out, cell.name, seed) in needed
-            ]
-            options: dict[str, Any] = dict(seeds=(seed,), say=request.say)
+            stage_1 = autoencoders(place, request.budget)
+            stage_1 = [cell for cell in stage_1 if cell_folder(request.out, cell.name, seed) in needed]
+            options: dict[str, Any] = dict(seeds=(seed,), log=request.log)
             coded += run_cells(stage_1, request.out, score=lambda folder: coding(folder, request.score), **options)
             done = [cell for cell in cells if (_autoencoder_of(cell) / RESULT).is_file()]  # else another process is at it
             results += run_cells(done, request.out, score=request.score, **options)
-        cells = [cell for cell in self._cells(place, request, request.seeds[0]) if cell.name in chosen]
-        return request.written([*coded, *results], self._text(cells, coded, results, request))
+        cells = self._cells(place, request, request.seeds[0])
+        return request.written([*coded, *results], self._report(cells, coded, results, request))
 
     def _cells(self, place: Place, request: Request, seed: int) -> list[Cell]:
-        return grid(language_models(place, request.budget, seed, self.recipe), request.axes)
+        return request.select(language_models(place, request.budget, seed, self.recipe))
 
-    def _text(self, cells: list[Cell], coded: list[dict[str, Any]], results: list[dict[str, Any]], request: Request) -> str:
-        parts = [summary_of(f"{request.name}: {self.summary}", cells, results, request)]
+    def _report(self, cells: list[Cell], coded: list[dict[str, Any]], results: list[dict[str, Any]], request: Request) -> str:
+        parts = [comparison(cells, results, request)]
         if results:
-            parts += [
-                brier_table(request.out, results),
-                "BrierLM with its 95 % interval by bootstrap over the text, each cell the mean of its seeds",
-            ]
+            parts.append(brier_table(request.out, results))
         if coded:
             rows = by_level(coded)
             parts += [

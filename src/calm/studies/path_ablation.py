@@ -1,14 +1,16 @@
-"""What the paths, the segments and the controller of a hybrid are worth, asked in two ways that have different answers.
+"""The value of a hybrid's paths, segments and controller, measured in two ways that answer different questions.
 
-    masked at inference    a model was trained with everything, and something is taken from it while it is scored
-    retrained              a model was trained without it, at the same budget
+    masked at inference    a model was trained with everything, and a part is removed while it is scored
+    retrained              a model was trained without the part, at the same budget
 
-The first says what a trained model relies on and sends it where it never was; the second what a path is worth. The table of
-"Hybrid Hopfield-SSM Language Model" (J. Adam 2025) stands beside the first: losses of 7 to 10 nats for one path alone come of
-masking. It does not say whether the shares that are left were scaled up; both ways are here.
+The first shows what a trained model relies on, and takes it out of its training distribution; the second what a path is
+worth. The table of "Hybrid Hopfield-SSM Language Model" (J. Adam 2025) is printed beside the first: losses of 7 to 10 nats
+for one path alone result from masking. It does not say whether the remaining shares were rescaled; both forms are here.
 """
 
+import csv
 import dataclasses
+import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,28 +23,27 @@ from calm.core.mixer import Tap
 from calm.errors import UsageError
 from calm.evaluate.closed_form import score_ngram
 from calm.evaluate.ngram import fit_ngrams
+from calm.evaluate.plots import COLOURS, new_figure, tidy
 from calm.evaluate.tables import table
 from calm.hybrid.backbone import of_pattern
 from calm.hybrid.taps import mask_paths, replace_controller, shuffle_input, tapped
-from calm.runs import bundle, presets
+from calm.runs import bundle
 from calm.runs.stages import validation_blocks
-from calm.studies.ablation_report import ablation_csv, draw_ablation
-from calm.studies.runner import Cell, grid, run_cells
-from calm.studies.scoring import LanguageModelScore, over_seeds
-from calm.studies.study import OF_LANGUAGE_MODELS, Request
+from calm.studies.base_runs import WORD_TABLE_DIM, token_run
+from calm.studies.runner import Cell, run_cells
+from calm.studies.scoring import LanguageModelScore, by_cell, over_seeds
+from calm.studies.study import Request
 from calm.text.atomic_write import write_whole
 from calm.token.likelihood import token_likelihood
 from calm.token.model import TokenLM
 
-ROWS, NUM_TOKENS, RATE, SEED = 2, 512, 3e-3, 0
+SEED = 0
 SIZES: dict[str, Any] = dict(dim=128, num_heads=2, num_kv_heads=2, inner_dim=344)
-"""half the width of `wikitext2-tiny`: 27 runs on two cores, each of which is to see some hundred thousand words"""
-TABLE_DIM = 64
-"""width of the token table, for the same reason: the softmax over 33,278 words would take most of a small budget"""
+"""half the width of `wikitext2-tiny`, so that 27 runs on two cores see some hundred thousand words each"""
 LETTERS = "SHA"
 FULL = "SHA-3"
 """the cell with all paths and segments"""
-RETRAINED = {
+CELLS = {
     FULL: ("SHA", 3),
     "SHA-2": ("SHA", 2),
     "SHA": ("SHA", 1),
@@ -74,19 +75,19 @@ DESCRIBED = {
     "shuffled input of S": 6.00,
     "shuffled input of H": 8.01,
 }
-"""validation cross-entropy that the description gives, words of WikiText-103, a model of about 107 M weights"""
+"""validation cross-entropy reported by the description: words of WikiText-103, a model of about 107 M weights"""
+RETRAINED, MASKED = "retrained", "masked at inference"
+CSV_COLUMNS = ("kind", "cell", "masked", "seed", "nats")
 
 
 def cells(data: str, budget: float | None) -> list[Cell]:
     """Token models of every set of paths, and of all paths with two and three segments."""
-    base = presets.get("wikitext2-tiny-pure").token_lm
-    optimizer = dataclasses.replace(base.train.optimizer, learning_rate=RATE)
-    train = dataclasses.replace(base.train, batch_size=ROWS, num_tokens=NUM_TOKENS, optimizer=optimizer)
+    base = token_run(data, table_dim=WORD_TABLE_DIM)
     found = []
-    for name, (pattern, segments) in RETRAINED.items():
+    for name, (pattern, segments) in CELLS.items():
         backbone = of_pattern(base.model.backbone, pattern, num_segments=segments, **SIZES)
-        model = dataclasses.replace(base.model, backbone=backbone, table_dim=TABLE_DIM)
-        found.append(Cell(name=name, run=dataclasses.replace(base, data=data, model=model, train=train), budget=budget))
+        model = dataclasses.replace(base.model, backbone=backbone)
+        found.append(Cell(name=name, run=dataclasses.replace(base, model=model), budget=budget))
     return found
 
 
@@ -94,10 +95,10 @@ def cells(data: str, budget: float | None) -> list[Cell]:
 
 
 def first_segments(lm: TokenLM, number: int) -> TokenLM:
-    """A copy of a model with a reasoner that stops after so many segments.
+    """A copy of a model with a reasoner, which stops after `number` segments.
 
     Raises:
-        UsageError: more segments than it has, or none.
+        UsageError: the model has fewer segments, or `number` is 0.
     """
     has = lm.backbone.config.num_segments
     if not 1 <= number <= has:
@@ -108,9 +109,9 @@ def first_segments(lm: TokenLM, number: int) -> TokenLM:
 
 
 def maskings(lm: TokenLM, length: int) -> dict[str, TokenLM]:
-    """Copies of a model of the pattern SHA, each without something. `length`: positions of the rows that they will read.
+    """Copies of a model of the pattern SHA, each with a part removed or replaced, for rows of `length` positions.
 
-    A shuffled path reads later positions, so that its loss is none of a language model.
+    A shuffled path reads later positions, so its loss is not that of a language model.
     """
     config, key = lm.backbone.config, jax.random.key(SEED)
     found = {"full": lm}
@@ -135,8 +136,8 @@ def maskings(lm: TokenLM, length: int) -> dict[str, TokenLM]:
 
 
 def ablation_score(folder: Path, score: LanguageModelScore) -> dict[str, Any]:
-    """Nats per held-out token, every token of a block but its first, of a trained model and, of the whole one, of its
-    `maskings`."""
+    """Nats per held-out token, averaged over every token of a block but its first, of a trained model, and of its
+    `maskings` where it is the cell `FULL`."""
     model = bundle.load(folder, precision=score.precision)
     if not isinstance(model.lm, TokenLM):
         raise UsageError(f"{folder}: holds no token model")
@@ -151,7 +152,7 @@ def ablation_score(folder: Path, score: LanguageModelScore) -> dict[str, Any]:
 
     own = nats(model.lm)
     masked: dict[str, float] = {}
-    if (model.lm.backbone.config.pattern, model.lm.backbone.config.num_segments) == RETRAINED[FULL]:
+    if (model.lm.backbone.config.pattern, model.lm.backbone.config.num_segments) == CELLS[FULL]:
         for name, lm in maskings(model.lm, blocks.shape[1] - 1).items():
             masked[name] = own if lm is model.lm else nats(lm)
     manifest = opened.manifest
@@ -166,35 +167,29 @@ def ablation_score(folder: Path, score: LanguageModelScore) -> dict[str, Any]:
 # -- the study --------------------------------------------------------------------------------------------------------
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class AblationStudy:
-    """The cells of this module, each scored whole, and the one with all paths and segments also with parts of it masked: a
-    table, every number in `OUT/results.csv`, and a picture."""
+class PathAblationStudy:
+    """All cells retrained, and the cell `FULL` with parts masked: a table, `OUT/results.csv` and a picture."""
 
-    summary: str = "what the paths, the segments and the controller of a hybrid token model are worth, masked and retrained"
-    options: frozenset[str] = frozenset(("data", "budget", "grid", "precision", "split", "max_tokens")) & OF_LANGUAGE_MODELS
+    options = frozenset(("data", "budget", "grid", "precision", "split", "max_tokens"))
 
     def run(self, request: Request) -> dict[str, Any]:
-        _, results = trained(request, request.only)
+        results = trained(request.select(cells(str(request.data), request.budget)), request)
         if results:
             write_whole(request.out / "results.csv", ablation_csv(results))
-            draw_ablation(results, FULL, DESCRIBED, request.out / f"{request.name}.png")
-        return request.written(results, summary_of(f"{request.name}: {self.summary}", results))
+            draw_ablation(results, request.out / f"{request.name}.png")
+        return request.written(results, report(request.title, results))
 
 
-def trained(request: Request, only: Sequence[str]) -> tuple[list[Cell], list[dict[str, Any]]]:
-    """The cells of these names (empty = all), trained and scored where they were not."""
-    every = grid(cells(str(request.data), request.budget), request.axes)
-    names = dataclasses.replace(request, only=only).chosen([cell.name for cell in every])
-    every = [cell for cell in every if cell.name in names]
+def trained(cells: Sequence[Cell], request: Request) -> list[dict[str, Any]]:
+    """Results of cells, trained and scored where they are not done."""
     score = request.score
-    return every, run_cells(
-        every, request.out, seeds=request.seeds, score=lambda folder: ablation_score(folder, score), say=request.say
+    return run_cells(
+        cells, request.out, seeds=request.seeds, score=lambda folder: ablation_score(folder, score), log=request.log
     )
 
 
-def summary_of(title: str, results: Sequence[Mapping[str, Any]]) -> str:
-    """Two tables, each under what it is: retrained, and masked at inference beside the description's numbers."""
+def report(title: str, results: Sequence[Mapping[str, Any]]) -> str:
+    """Two kinds of table, each under its name: retrained, and masked at inference beside the description's numbers."""
     if not results:
         return f"{title}: no cell is done yet"
     parts = [
@@ -202,9 +197,11 @@ def summary_of(title: str, results: Sequence[Mapping[str, Any]]) -> str:
         "RETRAINED without it, at one budget: nats per token",
         _retrained(results),
     ]
-    for name in dict.fromkeys(result["cell"] for result in results if result["masked"]):
-        own = [result["masked"] for result in results if result["cell"] == name]
-        parts += [f"MASKED AT INFERENCE, of the trained cell {name}: nats per token", _masked(own, described=name == FULL)]
+    for name, own in by_cell([result for result in results if result["masked"]]).items():
+        parts += [
+            f"MASKED AT INFERENCE, of the trained cell {name}: nats per token",
+            _masked([result["masked"] for result in own], described=name == FULL),
+        ]
     parts.append(
         "mean ± 95 % interval over seeds; -2 and -3: as many segments; only: the shares of the others are lost "
         "unless the rest is scaled to 1; a path with shuffled input reads later positions"
@@ -214,15 +211,14 @@ def summary_of(title: str, results: Sequence[Mapping[str, Any]]) -> str:
 
 def _retrained(results: Sequence[Mapping[str, Any]]) -> str:
     rows = []
-    for name in dict.fromkeys(result["cell"] for result in results):
-        own = [result for result in results if result["cell"] == name]
+    for name, own in by_cell(results).items():
         nats = over_seeds([result["nats_per_token"] for result in own])
         rows.append([name, str(len(own)), f"{np.mean([result['tokens'] for result in own]) / 1e6:.3f}", nats])
     return table(["cell", "seeds", "tokens, M", "nats"], rows)
 
 
 def _masked(own: Sequence[Mapping[str, float]], *, described: bool) -> str:
-    """One row a masking: nats, nats above those of the whole model seed by seed, and the description's."""
+    """One row a masking: nats, nats above those of the whole model seed by seed, and the description's number."""
     rows = []
     for name in own[0]:
         row = [name, over_seeds([each[name] for each in own]), over_seeds([each[name] - each["full"] for each in own])]
@@ -230,3 +226,40 @@ def _masked(own: Sequence[Mapping[str, float]], *, described: bool) -> str:
             row.append(f"{DESCRIBED[name]:.2f}" if name in DESCRIBED else "-")
         rows.append(row)
     return table(["masked", "nats", "above full", *(["described"] if described else [])], rows)
+
+
+def ablation_csv(results: Sequence[Mapping[str, Any]]) -> str:
+    """A row for each number under `CSV_COLUMNS`; `masked` is empty where a model was retrained."""
+    lines = io.StringIO()
+    writer = csv.writer(lines, lineterminator="\n")
+    writer.writerow(CSV_COLUMNS)
+    for result in results:
+        writer.writerow((RETRAINED, result["cell"], "", result["seed"], f"{result['nats_per_token']:.6f}"))
+        for what, nats in result["masked"].items():
+            writer.writerow((MASKED, result["cell"], what, result["seed"], f"{nats:.6f}"))
+    return lines.getvalue()
+
+
+def draw_ablation(results: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Left every retrained cell, right the cell `FULL` with parts masked, crosses marking the description's numbers.
+
+    Dots are seeds. Beyond the dotted line, the unigram's loss, a model is worse than one that ignores the text before.
+    """
+    retrained = {name: [result["nats_per_token"] for result in own] for name, own in by_cell(results).items()}
+    full = [result["masked"] for result in results if result["cell"] == FULL and result["masked"]]
+    masked = {part: [nats[part] for nats in full] for part in (full[0] if full else ())}
+    figure = new_figure(11.0, 1.4 + 0.22 * max(len(retrained), len(masked)))
+    panels = {f"{RETRAINED} without it": retrained, f"{FULL}, {MASKED}": masked}
+    for axes, (title, rows) in zip(figure.subplots(1, 2), panels.items(), strict=True):
+        tidy(axes, title, "nats per token", "")
+        for row, (name, nats) in enumerate(rows.items()):
+            axes.plot(nats, np.full(len(nats), -row), "o", color=COLOURS[0], markersize=4)
+            if rows is masked and name in DESCRIBED:
+                axes.plot(DESCRIBED[name], -row, "x", color=COLOURS[4], markersize=5)
+        axes.plot([], [], "o", color=COLOURS[0], markersize=4, label="here, one dot a seed")
+        if rows is masked:
+            axes.plot([], [], "x", color=COLOURS[4], markersize=5, label="described: another model and text")
+        axes.axvline(results[0]["unigram_nats"], color="0.6", linewidth=1, linestyle=":", label="unigram, here")
+        axes.set_yticks([-row for row in range(len(rows))], list(rows), fontsize=8)
+        axes.legend(fontsize=8, frameon=False)
+    figure.savefig(path)

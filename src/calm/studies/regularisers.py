@@ -1,15 +1,16 @@
-"""Do label smoothing, z-loss, a rectified flow between hidden states, or averaged weights keep a token model from collapsing?
+"""Regularisers of a token model against collapse: label smoothing, z-loss, a hidden flow, averaged weights.
 
-They are said to ("Hybrid Hopfield-SSM Language Model"). Each is tried alone and all together against none, on a token model of
-the words of prepared data, at one budget. A cell counts as collapsed if one of these holds, each read off held-out text:
+The claim that they prevent it is that of "Hybrid Hopfield-SSM Language Model". Each is tried alone and all together against
+none, on a token model of the words of prepared data, at one budget. A cell counts as collapsed if one of these holds on
+held-out text:
 
     diverged    its loss stopped being finite
     marginal    its nats per token are not below the unigram's
     few         its hidden states have an effective rank below D / 50
-    loops       more than half of the 4-grams in what it writes at temperature 1 stood before in the same text
+    loops       more than half of the 4-grams that it writes at temperature 1 occurred before in the same text
 
-A claim of prevention needs something to prevent: at a learning rate that suits the model nothing may collapse, and then the
-study says that there was nothing to do. A grid over larger rates looks for where it does:
+A claim of prevention needs something to prevent: at a learning rate that suits the model nothing may collapse, and then
+the report says so. A grid over larger rates finds where it does:
 
     calm experiment regularisers --data WORDS --out OUT --seeds 0 1 2 --budget 2.5e13 \\
         --grid train.optimizer.learning_rate=3e-3,1e-2,3e-2
@@ -17,7 +18,7 @@ study says that there was nothing to do. A grid over larger rates looks for wher
 
 import dataclasses
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +26,13 @@ from calm.errors import DivergedError, UsageError
 from calm.evaluate.closed_form import score_ngram
 from calm.evaluate.ngram import fit_ngrams
 from calm.evaluate.tables import table
-from calm.runs import bundle, presets
+from calm.runs import bundle
 from calm.runs.evaluation import score_writing
 from calm.runs.stages import validation_blocks
-from calm.studies.runner import RESULT, Cell, cell_folder, describe, grid, read_results, run_cells, sized, with_seed
-from calm.studies.scoring import LanguageModelScore, over_seeds, results_table
-from calm.studies.study import OF_LANGUAGE_MODELS, Request
+from calm.studies.base_runs import WORD_TABLE_DIM, token_run
+from calm.studies.runner import RESULT, Cell, cell_folder, describe, read_results, run_cells, sized, with_seed
+from calm.studies.scoring import Column, LanguageModelScore, by_cell, over_seeds, results_table
+from calm.studies.study import LANGUAGE_MODEL_OPTIONS, Request
 from calm.text.atomic_write import write_whole
 from calm.token.collapse import collapse_measures
 from calm.token.likelihood import token_likelihood
@@ -38,13 +40,11 @@ from calm.token.model import TokenLM
 from calm.token.objective import TokenLossConfig
 from calm.train.run_folder import read_records
 
-ROWS, NUM_TOKENS, RATE, EMA = 2, 512, 3e-3, 0.99
-TABLE_DIM = 64
-"""width of the token table, as in `calm.studies.path_ablation`"""
+EMA = 0.99
 SMOOTHING, Z, FLOW = 0.1, 1e-4, 0.1
 LEAST_RANK_SHARE, MOST_REPEATED = 1 / 50, 0.5
 TEXTS, NEW_TOKENS = 16, 96
-"""continuations that each cell writes, unless --texts says another number"""
+"""continuations that each cell writes, unless --texts is given, and their tokens"""
 
 LOSSES = {
     "none": TokenLossConfig(),
@@ -59,54 +59,47 @@ AVERAGED = ("ema", "all")
 
 
 def cells(data: str, budget: float | None) -> list[Cell]:
-    """None, each alone (the flow in both forms) and all together."""
-    base = presets.get("wikitext2-tiny-pure").token_lm
-    optimizer = dataclasses.replace(base.train.optimizer, learning_rate=RATE)
-    train = dataclasses.replace(base.train, batch_size=ROWS, num_tokens=NUM_TOKENS, optimizer=optimizer, log_every=5)
-    model = dataclasses.replace(base.model, table_dim=TABLE_DIM)
+    """Cells without a regulariser, with each alone (the flow in both forms) and with all."""
+    base = token_run(data, table_dim=WORD_TABLE_DIM)
+    train = dataclasses.replace(base.train, log_every=5)
     found = []
     for name, loss in LOSSES.items():
         averaged = dataclasses.replace(train, ema_decay=EMA if name in AVERAGED else 0.0)
-        run = dataclasses.replace(base, data=data, model=model, loss=loss, train=averaged)
-        found.append(Cell(name=name, run=run, budget=budget))
+        found.append(Cell(name=name, run=dataclasses.replace(base, loss=loss, train=averaged), budget=budget))
     return found
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class RegulariserStudy:
     """The cells of this module, and whether they collapsed."""
 
-    summary: str = "do label smoothing, z-loss, a hidden flow or averaged weights keep a token model from collapsing?"
-    options: frozenset[str] = OF_LANGUAGE_MODELS - {"bound_samples", "speed_tokens"}
+    options = LANGUAGE_MODEL_OPTIONS - {"bound_samples", "speed_tokens"}
 
     def run(self, request: Request) -> dict[str, Any]:
-        every = grid(cells(str(request.data), request.budget), request.axes)
-        names = request.chosen([cell.name for cell in every])
-        every = [cell for cell in every if cell.name in names]
+        every = request.select(cells(str(request.data), request.budget))
         for seed in request.seeds:
             for cell in every:
                 _run_cell(cell, seed, request)
         results = read_results(every, request.out, request.seeds)
-        return request.written(results, summary_of(f"{request.name}: {self.summary}", results))
+        return request.written(results, report(request.title, results))
 
 
 def _run_cell(cell: Cell, seed: int, request: Request) -> None:
-    """Trains and scores one cell; one that diverged is a result, not the end of the study."""
+    """Trains and scores one cell; divergence is recorded as its result."""
     score = request.score
     try:
-        run_cells([cell], request.out, seeds=(seed,), score=lambda folder: collapse_score(folder, score), say=request.say)
+        run_cells([cell], request.out, seeds=(seed,), score=lambda folder: collapse_score(folder, score), log=request.log)
     except DivergedError as error:
         run = sized(with_seed(cell.run, seed), cell.budget)
         found = describe(cell.name, seed, run) | {"diverged": str(error), "collapsed": ["diverged"]}
         write_whole(cell_folder(request.out, cell.name, seed) / RESULT, json.dumps(found, indent=2) + "\n")
-        request.say(f"{cell.name} seed {seed}: diverged")
+        request.log(f"{cell.name} seed {seed}: diverged")
 
 
 # -- scoring ----------------------------------------------------------------------------------------------------------
 
 
 def collapse_score(folder: Path, score: LanguageModelScore) -> dict[str, Any]:
-    """Likelihood, the measures of `calm.token.collapse`, what it writes, and the worst rise of its training loss."""
+    """Likelihood, the measures of `calm.token.collapse`, quality of its texts, and the largest rise of the training loss."""
     model = bundle.load(folder, precision=score.precision)
     if not isinstance(model.lm, TokenLM):
         raise UsageError(f"{folder}: holds no token model")
@@ -142,7 +135,7 @@ def _training(folder: Path) -> list[dict[str, Any]]:
 
 
 def worst_rise(losses: Sequence[float]) -> float:
-    """The most by which a loss stood above the least before it: 0 for one that only fell."""
+    """Largest rise of a loss above its minimum so far; 0 for a loss that only fell."""
     least, worst = float("inf"), 0.0
     for loss in losses:
         least = min(least, loss)
@@ -151,7 +144,7 @@ def worst_rise(losses: Sequence[float]) -> float:
 
 
 def collapsed(result: Mapping[str, Any]) -> list[str]:
-    """Which of the module's signs of collapse a cell shows."""
+    """The module's signs of collapse that a cell shows, except divergence."""
     signs = {
         "marginal": result["nats_per_token"] >= result["unigram_nats"],
         "few": result["effective_rank"] < LEAST_RANK_SHARE * result["width"],
@@ -162,7 +155,7 @@ def collapsed(result: Mapping[str, Any]) -> list[str]:
 
 # -- the table --------------------------------------------------------------------------------------------------------
 
-COLUMNS: dict[str, Callable[[Mapping[str, Any]], float | None]] = {
+COLUMNS: dict[str, Column] = {
     "tokens, M": lambda result: result["tokens"] / 1e6,
     "nats": lambda result: result.get("nats_per_token"),
     "effective rank": lambda result: result.get("effective_rank"),
@@ -176,8 +169,8 @@ COLUMNS: dict[str, Callable[[Mapping[str, Any]], float | None]] = {
 }
 
 
-def summary_of(title: str, results: Sequence[dict[str, Any]]) -> str:
-    """The table of measures, each cell's nats against those of `none` seed by seed, and which cells collapsed."""
+def report(title: str, results: Sequence[Mapping[str, Any]]) -> str:
+    """Tables of the measures, of each cell's nats against those of `none` seed by seed, and of the cells that collapsed."""
     if not results:
         return f"{title}: no cell is done yet"
     scored = [result for result in results if "diverged" not in result]
@@ -195,16 +188,12 @@ def summary_of(title: str, results: Sequence[dict[str, Any]]) -> str:
     return "\n\n".join(parts)
 
 
-def _verdicts(results: Sequence[dict[str, Any]]) -> str:
-    """One row a cell: seeds that collapsed and how, and nats minus those of the cell without regularisers of the same seed and
-    grid."""
-    by_cell: dict[str, list[dict[str, Any]]] = {}
-    for result in results:
-        by_cell.setdefault(result["cell"], []).append(result)
-    rows = []
-    for name, own in by_cell.items():
+def _verdicts(results: Sequence[Mapping[str, Any]]) -> str:
+    """One row a cell: seeds that collapsed and how, and nats minus those of the cell `none` of the same seed and grid."""
+    cells, rows = by_cell(results), []
+    for name, own in cells.items():
         signs = sorted({sign for result in own for sign in result["collapsed"]})
-        bare = {result["seed"]: result for result in by_cell.get(_without(name), [])}
+        bare = {result["seed"]: result for result in cells.get(_without(name), [])}
         pairs = [
             result["nats_per_token"] - bare[result["seed"]]["nats_per_token"]
             for result in own
@@ -216,6 +205,6 @@ def _verdicts(results: Sequence[dict[str, Any]]) -> str:
 
 
 def _without(name: str) -> str:
-    """`all-learning_rate=0.01` -> `none-learning_rate=0.01`: the cell that a cell is held against."""
+    """Name of the cell without regularisers: `all-learning_rate=0.01` -> `none-learning_rate=0.01`."""
     longest = max((known for known in LOSSES if name == known or name.startswith(f"{known}-")), key=len)
     return "none" + name[len(longest) :]

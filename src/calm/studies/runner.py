@@ -1,19 +1,20 @@
-"""One runner for all studies: cells that are run folders, trained once, scored once, and read back after any interruption.
+"""Runner of all studies: cells are run folders, trained once, scored once, and read back after any interruption.
 
-A cell is a configuration and a seed. `OUT/NAME/seed-S/` is its run folder, and `result.json` in it says that it is done; a cell
-that was stopped goes on from its checkpoint, one whose configuration changed is refused. Cells may run in several processes at
-once on the same folder: a cell is taken by its lock, which dies with its process.
+A cell is a configuration and a seed. `OUT/NAME/seed-S/` is its run folder; `result.json` in it marks it as done. A cell
+that was stopped continues from its checkpoint, one whose configuration changed is refused. Several processes may share
+one folder: each locks the cell it works on, and the lock ends with its process.
 """
 
 import dataclasses
-import fcntl
 import itertools
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+import filelock
 
 from calm import config as configuration
 from calm.core.objective import AutoencoderObjective, LatentObjective
@@ -35,6 +36,7 @@ from calm.token.objective import TokenObjective
 
 RESULT = "result.json"
 Score = Callable[[Path], dict[str, Any]]
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,15 +46,15 @@ class Cell:
     name: str
     run: Run
     budget: float | None = None
-    """training FLOPs, those of its autoencoder included; they set the number of steps. None = the configuration's steps"""
+    """training FLOPs including the autoencoder's, which set the number of steps; None = the configuration's steps"""
 
 
 def run_cells(
-    cells: Sequence[Cell], out: str | Path, *, seeds: Sequence[int], score: Score, say: Callable[[str], None] = print
+    cells: Sequence[Cell], out: str | Path, *, seeds: Sequence[int], score: Score, log: Callable[[str], None] = print
 ) -> list[dict[str, Any]]:
-    """Trains and scores what is not done yet, seed by seed, and returns every result that there is, in the order of the cells.
+    """Trains and scores the cells that are not done, seed by seed, and returns all results in the order of the cells.
 
-    Cells that another process is at are left to it.
+    Cells that another process works on are skipped.
     """
     names = [cell.name for cell in cells]
     if len(set(names)) < len(names):
@@ -63,18 +65,18 @@ def run_cells(
         if (folder / RESULT).is_file():
             _require_unchanged(run, folder)
             continue
-        with taken(folder) as mine:
+        with locked(folder) as mine:
             if not mine:
-                say(f"{cell.name} seed {seed}: another process is at it")
+                log(f"{cell.name} seed {seed}: another process is at it")
             elif not (folder / RESULT).is_file():
-                say(f"{cell.name} seed {seed}: {run.train.steps} steps")
+                log(f"{cell.name} seed {seed}: {run.train.steps} steps")
                 train_run(run, folder)
                 write_whole(folder / RESULT, json.dumps(describe(cell.name, seed, run) | score(folder), indent=2) + "\n")
     return read_results(cells, out, seeds)
 
 
 def _require_unchanged(run: Run, folder: Path) -> None:
-    """Raises UsageError where a finished cell was trained otherwise than is asked for now."""
+    """Raises UsageError where a finished cell was trained with other settings."""
     held = load_run_config(folder)
     for part in ("train", "loss"):
         if getattr(held, part, None) != getattr(run, part, None):
@@ -82,7 +84,7 @@ def _require_unchanged(run: Run, folder: Path) -> None:
 
 
 def read_results(cells: Sequence[Cell], out: str | Path, seeds: Sequence[int]) -> list[dict[str, Any]]:
-    """The results that are there."""
+    """Results of all cells and seeds that are done."""
     paths = [cell_folder(out, cell.name, seed) / RESULT for cell in cells for seed in seeds]
     return [json.loads(path.read_text(encoding="utf-8")) for path in paths if path.is_file()]
 
@@ -92,16 +94,19 @@ def cell_folder(out: str | Path, name: str, seed: int) -> Path:
 
 
 @contextmanager
-def taken(folder: Path) -> Iterator[bool]:
-    """Whether this process has the cell to itself while the block runs."""
+def locked(folder: Path) -> Iterator[bool]:
+    """Locks a cell while the block runs; yields False where another process holds it."""
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "w", encoding="utf-8") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-            return
+    lock = filelock.FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        yield False
+        return
+    try:
         yield True
+    finally:
+        lock.release()
 
 
 def with_seed(run: Run, seed: int) -> Run:
@@ -109,7 +114,7 @@ def with_seed(run: Run, seed: int) -> Run:
 
 
 def train_run(run: Run, out: str | Path) -> None:
-    """Trains a configuration of any kind into a run folder, from where it stopped."""
+    """Trains a run of any kind into a folder, or continues it from its checkpoint."""
     if isinstance(run, AutoencoderRun):
         train_autoencoder(run, out, quiet=True)
     elif isinstance(run, LatentLMRun):
@@ -122,9 +127,12 @@ def train_run(run: Run, out: str | Path) -> None:
 
 
 def sized(run: Run, budget: float | None) -> Run:
-    """The run with as many steps as `budget` FLOPs pay for, and what hangs on the number of steps scaled with it.
+    """The run with as many steps as `budget` FLOPs pay for; schedules that are given in steps are scaled with it.
 
-    Equal compute counts everything: the autoencoder that a latent model needs is paid for first.
+    All compute counts: the autoencoder of a latent model is paid for first.
+
+    Raises:
+        UsageError: the budget pays for no step.
     """
     if budget is None:
         return run
@@ -142,7 +150,7 @@ def sized(run: Run, budget: float | None) -> Run:
 
 
 def _rescheduled(run: Run, steps: int) -> Run:
-    """The run with the steps at which terms of its loss come and go where they would be, had it `steps` steps."""
+    """The run with the steps at which loss terms start and end scaled to `steps` steps."""
     if not isinstance(run, LatentLMRun):
         return run
     terms = []
@@ -170,7 +178,7 @@ def flops_per_token(run: Run) -> float:
 
 
 def autoencoder_flops(run: Run) -> float:
-    """FLOPs that training the autoencoder of a latent model took; 0 for the other kinds, and for a model without a latent."""
+    """Training FLOPs of the autoencoder of a latent model; 0 for other kinds and for a model without latents."""
     if not isinstance(run, LatentLMRun) or not run.model.has_latents:
         return 0.0
     stage_1 = load_run_config(run.autoencoder)
@@ -180,7 +188,7 @@ def autoencoder_flops(run: Run) -> float:
 
 
 def describe(name: str, seed: int, run: Run) -> dict[str, Any]:
-    """What a cell is and what it cost."""
+    """Name, seed, size and cost of a cell, as they begin its result."""
     tokens = run.train.steps * run.train.batch_size * run.train.num_tokens
     per_token, before = flops_per_token(run), autoencoder_flops(run)
     epoch = open_data(run.data).split("train").num_tokens
@@ -205,15 +213,21 @@ def grid(cells: Sequence[Cell], axes: Mapping[str, Sequence[str]]) -> list[Cell]
     Raises:
         UsageError: a setting that the configuration does not have.
     """
-    found = []
-    for cell in cells:
-        for values in itertools.product(*axes.values()):
-            run, name = cell.run, cell.name
-            for key, value in zip(axes, values, strict=True):
-                run = configuration.from_dict(type(run), _nested(key, value), run, where=f"grid {key}={value}")
-                name += f"-{key.rsplit('.', 1)[-1]}={value}"
-            found.append(dataclasses.replace(cell, name=name, run=run))
-    return found
+    return [
+        dataclasses.replace(cell, name=cell.name + suffix, run=run)
+        for cell in cells
+        for suffix, run in variants(cell.run, axes)
+    ]
+
+
+def variants(configured: T, axes: Mapping[str, Sequence[str]]) -> Iterator[tuple[str, T]]:
+    """A configuration under every combination of dotted settings, each with a suffix for the cell's name."""
+    for values in itertools.product(*axes.values()):
+        varied, suffix = configured, ""
+        for key, value in zip(axes, values, strict=True):
+            varied = configuration.from_dict(type(varied), _nested(key, value), varied, where=f"grid {key}={value}")
+            suffix += f"-{key.rsplit('.', 1)[-1]}={value}"
+        yield suffix, varied
 
 
 def parse_axes(words: Sequence[str]) -> dict[str, list[str]]:

@@ -1,7 +1,6 @@
-"""What is measured on a cell when it is trained, and the tables over seeds."""
+"""Scores of a trained cell, and tables over seeds."""
 
 import dataclasses
-import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -9,40 +8,42 @@ from typing import Any, Literal
 
 import jax
 import numpy as np
+from scipy import stats
 
 from calm.core.generate import SpecialIds, generate
 from calm.core.intervals import BlockSums
 from calm.core.sampler import PlainSampler
 from calm.core.temperature import BatchTemperature
 from calm.evaluate.scores import BrierReport, Comparison, compare
-from calm.evaluate.tables import table
+from calm.evaluate.tables import interval_text, table
 from calm.rng import row_keys
 from calm.runs import bundle
 from calm.runs.evaluation import likelihood_bound, score_writing
+from calm.studies.runner import cell_folder
 from calm.token.model import TokenLM
 from calm.token.sampler import SoftmaxSampler
 
 BRIER = "brier.json"
-STUDENT_T = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}
-"""two-sided 95 % points of Student's t for so many seeds"""
+Column = Callable[[Mapping[str, Any]], float | None]
+"""value of a cell's result in a table; None where it has none"""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LanguageModelScore:
-    """Scores of a language model's cell: `score(folder)` gives what goes into its result."""
+    """Measurements on a language model; `score(folder)` returns the entries for the cell's result."""
 
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     split: str = "test"
     max_tokens: int = 64 * 1024
     bound_tokens: int = 8 * 1024
     bound_samples: int = 64
-    """S of the likelihood bound; 0 leaves the bound out"""
+    """S of the likelihood bound; 0 = no bound"""
     judge: str | None = None
-    """run of an independent token model that reads what the cell writes"""
+    """run of an independent token model that scores what the cell writes"""
     texts: int = 0
-    """continuations to write for it; 0 = none"""
+    """continuations to write and score; 0 = none"""
     speed_tokens: int = 0
-    """tokens to generate when speed is measured; 0 = speed is not. Measure speed with nothing else running"""
+    """tokens to generate for a measurement of speed, which needs an idle machine; 0 = none"""
 
     def __call__(self, folder: Path) -> dict[str, Any]:
         model = bundle.load(folder, precision=self.precision)
@@ -73,8 +74,8 @@ class LanguageModelScore:
 
 
 def generation_speed(model: bundle.Bundle, num_tokens: int, batches: Sequence[int] = (1, 8)) -> dict[str, float]:
-    """Tokens per second in generation at T = 1, and at T = .5 by votes of 200 draws (by the softmax for a token model): the
-    median of three calls after one that compiles. The end id is out of reach, so that every row is as long.
+    """Tokens per second at T = 1, and at T = .5 by votes of 200 draws (by the softmax for a token model): the median of
+    three calls after one that compiles. The end id is outside the vocabulary, so all rows have one length.
     """
     predictor, rates = model.predictor, {}
     half = SoftmaxSampler(temperature=0.5) if isinstance(model.lm, TokenLM) else BatchTemperature(num_candidates=200)
@@ -97,21 +98,17 @@ def generation_speed(model: bundle.Bundle, num_tokens: int, batches: Sequence[in
 
 
 def over_seeds(values: Sequence[float]) -> str:
-    """`mean ± half width of the 95 % interval` over seeds, by Student's t; the value alone for one seed."""
-    mean = sum(values) / len(values)
+    """`mean ± half width` of Student's 95 % interval over seeds; the value alone for one seed."""
+    mean = np.mean(values)
     if len(values) < 2:
         return f"{mean:.3f}"
-    spread = math.sqrt(sum((value - mean) ** 2 for value in values) / (len(values) - 1) / len(values))
-    return f"{mean:.3f} ± {STUDENT_T.get(len(values), 1.96) * spread:.3f}"
+    return f"{mean:.3f} ± {stats.t.ppf(0.975, len(values) - 1) * stats.sem(values):.3f}"
 
 
-def results_table(
-    results: Sequence[Mapping[str, Any]], columns: Mapping[str, Callable[[Mapping[str, Any]], float | None]]
-) -> str:
+def results_table(results: Sequence[Mapping[str, Any]], columns: Mapping[str, Column]) -> str:
     """One row a cell: means with intervals over its seeds; `-` where a column has no value."""
     rows = []
-    for name in dict.fromkeys(result["cell"] for result in results):
-        own = [result for result in results if result["cell"] == name]
+    for name, own in by_cell(results).items():
         row = [name, str(len(own))]
         for column in columns.values():
             values = [value for value in map(column, own) if value is not None]
@@ -120,7 +117,15 @@ def results_table(
     return table(["cell", "seeds", *columns], rows)
 
 
-LANGUAGE_MODEL_COLUMNS: dict[str, Callable[[Mapping[str, Any]], float | None]] = {
+def by_cell(results: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
+    """Results of all seeds, cell by cell."""
+    groups: dict[str, list[Mapping[str, Any]]] = {}
+    for result in results:
+        groups.setdefault(result["cell"], []).append(result)
+    return groups
+
+
+LANGUAGE_MODEL_COLUMNS: dict[str, Column] = {
     "tokens, M": lambda result: result["tokens"] / 1e6,
     "FLOPs, 1e12": lambda result: result["training_flops"] / 1e12,
     "Brier-1": lambda result: result["brier_n"][0],
@@ -133,11 +138,11 @@ LANGUAGE_MODEL_COLUMNS: dict[str, Callable[[Mapping[str, Any]], float | None]] =
 }
 
 
-def _written(temperature: str, measure: str, factor: float = 1.0) -> Callable[[Mapping[str, Any]], float | None]:
-    """A column for what the cells wrote (`LanguageModelScore.texts`): a measure of `calm.evaluate.writing.Writing`."""
+def _written(temperature: str, measure: str, factor: float = 1.0) -> Column:
+    """A column for the cells' continuations: a measure of `calm.evaluate.quality_report.Writing`."""
 
     def of(result: Mapping[str, Any]) -> float | None:
-        own = next(iter(result.get(f"writing {temperature}", {}).values()), {})  # the model's own texts stand first
+        own = next(iter(result.get(f"writing {temperature}", {}).values()), {})  # the model's own texts come first
         value = own.get(measure)
         value = value["estimate"] if isinstance(value, Mapping) else value
         return None if value is None else factor * value
@@ -145,7 +150,7 @@ def _written(temperature: str, measure: str, factor: float = 1.0) -> Callable[[M
     return of
 
 
-WRITING_COLUMNS: dict[str, Callable[[Mapping[str, Any]], float | None]] = {
+WRITING_COLUMNS: dict[str, Column] = {
     "BrierLM": lambda result: result["brier_lm"],
     **{
         f"{temperature}: {name}": _written(temperature, measure, factor)
@@ -160,7 +165,7 @@ WRITING_COLUMNS: dict[str, Callable[[Mapping[str, Any]], float | None]] = {
 
 
 def mean_report(folders: Sequence[Path]) -> BrierReport:
-    """The scores of several seeds on the same blocks, as one: block by block their mean.
+    """The mean, block by block, of the scores of several seeds on the same text.
 
     Two such reports are compared by paired bootstrap over the text; the spread over seeds is reported apart.
     """
@@ -181,3 +186,14 @@ def against(folders: Mapping[str, Sequence[Path]], baseline: str) -> list[Compar
     if baseline not in reports:
         return []
     return [compare(report, reports[baseline]) for name, report in reports.items() if name != baseline]
+
+
+def brier_table(out: Path, results: Sequence[Mapping[str, Any]]) -> str:
+    """BrierLM of every cell, the mean of its seeds, with its interval over the text."""
+    rows = []
+    for name, own in by_cell(results).items():
+        folders = [cell_folder(out, name, result["seed"]) for result in own]
+        folders = [folder for folder in folders if (folder / BRIER).is_file()]
+        rows.append([name, interval_text(mean_report(folders).brier_lm) if folders else "-"])
+    note = "BrierLM with its 95 % interval by bootstrap over the text, each cell the mean of its seeds"
+    return f"{table(['cell', 'BrierLM'], rows)}\n\n{note}"

@@ -1,137 +1,130 @@
-"""Alignment of a trained model to what is wanted, prompt by prompt, text in and text out (docs/ttt.md)."""
+"""Alignment of a trained model to a critic, prompt by prompt, text in and text out (docs/ttt.md).
 
+Controls show what else could have raised the reward:
+
+    shuffled reward     the same adaptation by a critic that sees the latents' dimensions in another order
+    random direction    a change of the weights as long as the adapted one in every weight, in a random direction
+    best of S           no change: as many texts as the FLOPs of adaptation pay for, of which the critic picks the best
+    steering            no change: the concept's direction is added to every latent, as far as adaptation moved them
+"""
+
+import dataclasses
 import time
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
-from calm.core.autoencoder import Autoencoder
-from calm.core.latent_lm import LatentLM
 from calm.core.predictor import NextVector
 from calm.errors import UsageError
+from calm.evaluate.tables import table
 from calm.evaluate.writing import Judge
 from calm.rng import row_keys, stream
 from calm.runs.bundle import Bundle
 from calm.runs.evaluation import as_judge
-from calm.runs.stages import validation_blocks
 from calm.text.chunking import num_chunks
-from calm.ttt.concept import (
-    Reader,
-    chunks_with,
-    concept_of_texts,
-    concept_of_words,
-    encoded,
-    expected,
-    parse_words,
-    require_found,
-)
-from calm.ttt.controls import directions, moved, random_changes
+from calm.ttt import fast_weights
 from calm.ttt.cost import AlignmentCost, alignment_cost
-from calm.ttt.critic import ConceptCritic, ShuffledCritic, checked_rewards, reads_chunks, weighted
-from calm.ttt.critic_files import load_critic
-from calm.ttt.lexicon import LexiconCritic, topic_of
-from calm.ttt.report import AlignmentReport, Way
+from calm.ttt.critic import DirectionCritic, ShuffledCritic, checked_rewards, reads_chunks, rewards_of
+from calm.ttt.fast_weights import Change
 from calm.ttt.rollout import require_steerable
-from calm.ttt.seal import Acted, Prompts, Rewired, Seal, SealConfig
-from calm.ttt.training import read_lines
+from calm.ttt.seal import Adaptation, Continuations, Prompts, Seal, SealConfig
 
-CONCEPT_TOKENS, TOPIC_TOKENS, PASSAGE = 256 * 1024, 1024 * 1024, 128
-By = Literal["auto", "text", "direction"]
 CONTROLS = ("shuffled reward", "random direction", "best of S", "steering")
 
 
-def topic_critic(
-    model: Bundle, concept: str, data: str | Path | None = None, *, split: str = "train", max_tokens: int = TOPIC_TOKENS
-) -> tuple[LexiconCritic, int]:
-    """The critic of what a model's decoder expects to write about a concept (`calm.ttt.lexicon`), and the number of passages of
-    `PASSAGE` tokens that it was learned from. The arguments are those of `concept_critic`.
-
-    Raises:
-        UsageError: as `concept_critic`; a decoder that reads more than latents.
-    """
-    predictor, tokenizer = require_steerable(model.predictor), model.tokenizer
-    text = model.prepared_data(data).split(split)
-    count = min(max_tokens, text.num_tokens) // PASSAGE
-    passages = text.read(0, count * PASSAGE).reshape(count, PASSAGE)
-    if concept.startswith("@"):
-        examples = tokenizer.encode_batch(read_lines(concept[1:], "concept"))
-        own, other, found = examples, passages, len(examples)
-    else:
-        words = parse_words(concept)
-        about = chunks_with(words, passages, PASSAGE, tokenizer)[:, 0]
-        own, other, found = passages[about], passages[~about], int(about.sum())
-        require_found(found, words, passages.size)
-    return LexiconCritic.of(predictor, topic_of(list(own), list(other), predictor.vocab_size)), found
+# -- report -----------------------------------------------------------------------------------------------------------
 
 
-def concept_critic(
-    model: Bundle, concept: str, data: str | Path | None = None, *, split: str = "train", max_tokens: int = CONCEPT_TOKENS
-) -> tuple[ConceptCritic, int]:
-    """The critic of a concept, and the number of chunks that it was found in.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Variant:
+    """Texts of B prompts: standard, aligned or by a control."""
 
-    `concept` is words with commas between them, which are looked for in the first `max_tokens` of a split of prepared data (by
-    default what the model was trained on), or `@FILE`, a file or folder of example texts, one a line.
+    name: str
+    texts: tuple[str, ...]
+    rewards: Float[np.ndarray, "B"]
+    fluency: Float[np.ndarray, "B"]
+    """lower reads better: the judge's bits per byte, or the base model's energy score; nan for a text without bytes"""
+    delta: Float[np.ndarray, "B"]
+    """SEAL delta: distance between the encoder's mean latents of this text and of the standard one"""
+    flops: float
+    """for one prompt"""
 
-    Raises:
-        UsageError: no words, words that the text does not have, or a file that cannot be read.
-    """
-    read, size = latent_reader(model), _autoencoder(model).config.chunk_size
-    opened = model.prepared_data(data)
-    blocks, _ = validation_blocks(opened, model.block_tokens, split, max_tokens)
-    if concept.startswith("@"):
-        return concept_of_texts(read_lines(concept[1:], "concept"), blocks, size, read, model.tokenizer)
-    return concept_of_words(parse_words(concept), blocks, size, read, model.tokenizer)
-
-
-def latent_reader(model: Bundle) -> Reader:
-    """What the latent of a chunk of text is to this model: its own expectation where a decoder inside the chunk reads it, else
-    the autoencoder's posterior mean."""
-    if isinstance(model.lm, LatentLM) and model.lm.context_decoder is not None:
-        return expected(require_steerable(model.predictor))
-    return encoded(_autoencoder(model))
+    def to_dict(self) -> dict[str, Any]:
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {name: value.tolist() if isinstance(value, np.ndarray) else value for name, value in values.items()}
 
 
-def wanted_critic(model: Bundle, concept: str, data: str | Path | None = None, by: By = "auto") -> tuple[Any, str]:
-    """The critic of a concept, and in words what it was found in: `by` what the decoder makes of latents (text), or by their
-    direction; auto = text where what is written follows from latents alone."""
-    writer = model.lm.context_decoder if isinstance(model.lm, LatentLM) else None
-    if by == "text" or (by == "auto" and not (writer is not None and writer.config.use_hidden)):
-        critic, count = topic_critic(model, concept, data)
-        return critic, f"{count} passages of text"
-    direction, count = concept_critic(model, concept, data)
-    return direction, f"{count} chunks of text"
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AlignmentReport:
+    """Result of an adaptation to B prompts, and of its controls."""
+
+    prompts: tuple[str, ...]
+    critic: str
+    """description of what was wanted"""
+    settings: str
+    fluency_of: str
+    """measure of `Variant.fluency`"""
+    before: Float[np.ndarray, "B"]
+    """mean reward of unseen futures of the base model"""
+    after: Float[np.ndarray, "B"]
+    """and of the adapted model, from the same noise"""
+    drift: Float[np.ndarray, "B"]
+    norm: Float[np.ndarray, "B"]
+    steps: tuple[int, ...]
+    rolled_back: Bool[np.ndarray, "B"]
+    """aligned texts that were replaced by the standard ones (`Brakes.max_loss`)"""
+    delta_of_chance: Float[np.ndarray, "B"]
+    """SEAL delta between two standard texts of different noise, the level of chance"""
+    variants: tuple[Variant, ...]
+    """standard first, then aligned, then the controls"""
+    seconds: float
+    """adapting and writing the aligned texts, compiling included"""
+
+    def variant(self, name: str) -> Variant:
+        return next(variant for variant in self.variants if variant.name == name)
+
+    def to_dict(self) -> dict[str, Any]:
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "variants"}
+        plain = {name: value.tolist() if isinstance(value, np.ndarray) else value for name, value in values.items()}
+        return plain | {"ways": [variant.to_dict() for variant in self.variants]}
+
+    def text(self) -> str:
+        """Texts and numbers for printing."""
+        parts = [f"wanted: {self.critic}"]
+        for row, prompt in enumerate(self.prompts):
+            parts += [f"[{variant.name}] {prompt}{variant.texts[row]}" for variant in self.variants[:2]]
+            if self.rolled_back[row]:
+                parts.append("rolled back: the aligned text read too badly, so the standard one and the base weights remain")
+        parts.append(self.table())
+        numbers = [
+            f"reward of unseen futures {_mean(self.before)} -> {_mean(self.after)}",
+            f"drift {_mean(self.drift)}",
+            f"length of the change {_mean(self.norm)} of the weights'",
+            f"steps {min(self.steps)} to {max(self.steps)}" if len(set(self.steps)) > 1 else f"steps {self.steps[0]}",
+            f"SEAL delta by chance {_mean(self.delta_of_chance)}",
+            f"{self.seconds:.1f} s",
+        ]
+        return "\n\n".join([*parts, ", ".join(numbers), self.settings])
+
+    def table(self, *, markdown: bool = False) -> str:
+        """A row for each variant: means over prompts."""
+        rows = [
+            [each.name, *map(_mean, (each.rewards, each.fluency, each.delta)), f"{each.flops:.3g}"] for each in self.variants
+        ]
+        return table(["text", "reward", self.fluency_of, "SEAL delta", "FLOPs"], rows, markdown=markdown)
 
 
-def gather_critic(
-    model: Bundle,
-    concepts: Sequence[str] = (),
-    critics: Sequence[str] = (),
-    data: str | Path | None = None,
-    by: By = "auto",
-) -> tuple[Any, str]:
-    """One critic of concepts (`wanted_critic`) and folders of trained critics, and what it wants in words. Each may end in
-    `=WEIGHT`.
+def _mean(values: Float[np.ndarray, "B"] | Sequence[float]) -> str:
+    finite = np.asarray(values)[np.isfinite(values)]
+    return f"{finite.mean():.3f}" if len(finite) else "-"
 
-    Raises:
-        UsageError: neither concept nor critic, or one that cannot be had.
-    """
-    parts, said = [], []
-    for concept in concepts:
-        words, weight = _weight(concept)
-        critic, found = wanted_critic(model, words, data, by)
-        parts.append((weight, critic))
-        said.append(f"{_times(weight)}concept {words} ({found})")
-    for folder in critics:
-        name, weight = _weight(folder)
-        critic, description = load_critic(name, _autoencoder(model))
-        parts.append((weight, critic))
-        said.append(f"{_times(weight)}critic {description.get('wanted', name)}")
-    return weighted(parts), " + ".join(said)
+
+# -- alignment --------------------------------------------------------------------------------------------------------
 
 
 def align(
@@ -147,55 +140,59 @@ def align(
     wanted: str = "a critic of one's own",
     seed: int = 0,
 ) -> AlignmentReport:
-    """Adapts to each prompt, writes standard and aligned texts from the same noise, and says what changed.
+    """Adapts to each prompt, writes standard and aligned texts from the same noise, and compares them.
 
     Args:
         critic: latents `[S B N Z]` -> rewards `[S B]` (`calm.ttt.critic`).
-        judge: a token model of another run, by whose bits per byte texts are compared; none = the base model's energy score.
-        controls: also everything else that could have raised the reward (`calm.ttt.controls`).
-        steer: how far steering adds to every latent; none = as far as adaptation moved them.
-        wanted: what the critic wants, for the report.
+        judge: a token model of another run, whose bits per byte measure fluency; None = the base model's energy score.
+        controls: also the `CONTROLS` of this module.
+        steer: length that steering adds to every latent; None = as far as adaptation moved them.
+        wanted: description of the critic's aim, for the report.
+
     Raises:
-        UsageError: prompts or texts beyond the model's context, or a critic that gives nonsense.
-        DivergedError: adaptation broke; the model is as it was.
+        UsageError: prompts or texts beyond the model's context, or a critic whose rewards are invalid.
+        DivergedError: a reward, gradient or weight is not finite; the model is unchanged.
     """
     if not isinstance(model.predictor, NextVector):
         require_steerable(model.predictor)
-    writer = Writer(model, config or SealConfig(), prompts, critic, max_tokens=max_tokens, judge=judge, seed=seed)
-    standard = writer.standard
+    comparison = Comparison(model, config or SealConfig(), prompts, critic, max_tokens=max_tokens, judge=judge, seed=seed)
+    standard = comparison.standard
     began = time.perf_counter()
-    rewired = writer.rewire(critic)
-    aligned = writer.best(rewired.changes)
+    adaptation = comparison.adapt(critic)
+    aligned = comparison.best(adaptation.changes)
     seconds = time.perf_counter() - began
-    flops = writer.cost
-    ways = [writer.way("standard", standard, flops.text), writer.way("aligned", aligned, flops.total)]
-    rolled_back = writer.seal.config.brakes.reads_too_badly(ways[1].fluency, ways[0].fluency)
+    flops = comparison.cost
+    variants = [
+        comparison.variant("standard", standard, flops.text),
+        comparison.variant("aligned", aligned, flops.total),
+    ]
+    rolled_back = comparison.seal.config.brakes.reads_too_badly(variants[1].fluency, variants[0].fluency)
     if rolled_back.any():
-        ways[1] = _rolled_back(ways[0], ways[1], rolled_back)
-        rewired = _undone(rewired, rolled_back)
+        variants[1] = _rolled_back(variants[0], variants[1], rolled_back)
+        adaptation = _undone(adaptation, rolled_back)
     if controls:
         for name in CONTROLS:
-            written, paid = writer.control(name, rewired, aligned, steer)
-            ways.append(writer.way(f"best of {flops.texts}" if name == "best of S" else name, written, paid))
+            written, paid = comparison.control(name, adaptation, aligned, steer)
+            variants.append(comparison.variant(f"best of {flops.texts}" if name == "best of S" else name, written, paid))
     return AlignmentReport(
         prompts=tuple(prompts),
         critic=wanted,
-        settings=writer.settings(max_tokens, seed),
-        fluency_of=writer.fluency_of,
-        before=rewired.before,
-        after=rewired.after,
-        drift=rewired.drift,
-        norm=rewired.norm,
-        steps=tuple(rewired.steps.tolist()),
+        settings=comparison.settings(max_tokens, seed),
+        fluency_of=comparison.fluency_of,
+        before=adaptation.before,
+        after=adaptation.after,
+        drift=adaptation.drift,
+        norm=adaptation.norm,
+        steps=tuple(adaptation.steps.tolist()),
         rolled_back=rolled_back,
-        delta_of_chance=writer.delta(writer.act(keys="chance")),
-        ways=tuple(ways),
+        delta_of_chance=comparison.delta(comparison.write(keys="chance")),
+        variants=tuple(variants),
         seconds=seconds,
     )
 
 
-class Writer:
-    """Prompts, a critic and a seed: everything that is written for them in one way or another."""
+class Comparison:
+    """Texts for the same prompts, critic and seed: standard, aligned and by the controls."""
 
     def __init__(
         self,
@@ -222,9 +219,8 @@ class Writer:
         self.prompts: Prompts = self.seal.read(ids)
         self.key = jax.random.key(seed)
         self.keys = row_keys(self.key, len(ids))
-        self.standard = self.act()
-        written = (jax.numpy.swapaxes(x, 0, 1) for x in (self.standard.latents, self.standard.chunks))
-        checked_rewards(critic, *written)
+        self.standard = self.write()
+        checked_rewards(critic, *(jnp.swapaxes(x, 0, 1) for x in (self.standard.latents, self.standard.chunks)))
         predictor = self.seal.predictor
         lengths = [num_chunks(len(row), model.chunk_size) for row in ids]
         self.cost: AlignmentCost = alignment_cost(
@@ -236,72 +232,74 @@ class Writer:
             reads_chunks=reads_chunks(critic),
         )
 
-    def rewire(self, critic: Any) -> Rewired:
-        """Fast weights by this critic."""
-        return self.seal.rewire(critic, self.prompts, self.keys)
+    def adapt(self, critic: Any) -> Adaptation:
+        """Fast weights for this critic."""
+        return self.seal.adapt(critic, self.prompts, self.keys)
 
-    def act(self, changes: Any = None, *, keys: str | None = None, num_texts: int = 1, shifts: Any = None) -> Acted:
-        """Texts by the noise of the standard ones, or by noise of another name; rewards are those of the critic."""
+    def write(self, changes: Any = None, *, keys: str | None = None, num_texts: int = 1, shifts: Any = None) -> Continuations:
+        """Texts from the noise of the standard ones, or from noise called `keys`, with the critic's rewards."""
         own = self.keys if keys is None else row_keys(stream(self.key, keys), len(self.prompts.starts))
         options: dict[str, Any] = dict(num_chunks=self.num_chunks, num_texts=num_texts, shifts=shifts)
-        return self.seal.act(self.critic, self.prompts, own, changes, **options)
+        return self.seal.write(self.critic, self.prompts, own, changes, **options)
 
-    def best(self, changes: Any) -> Acted:
-        """What the critic likes best of the texts that changed weights write (`SealConfig.texts`)."""
-        return self.act(changes, num_texts=self.seal.config.texts).best()
+    def best(self, changes: Any) -> Continuations:
+        """Text of the highest reward, of those that changed weights write for each prompt (`SealConfig.texts`)."""
+        return self.write(changes, num_texts=self.seal.config.texts).best()
 
-    def control(self, name: str, rewired: Rewired, aligned: Acted, steer: float | None = None) -> tuple[Acted, float]:
-        """One of `CONTROLS`: its texts, and what one of them cost."""
+    def control(
+        self, name: str, adaptation: Adaptation, aligned: Continuations, steer: float | None = None
+    ) -> tuple[Continuations, float]:
+        """Texts of one of `CONTROLS`, and their FLOPs for one prompt."""
         if name == "shuffled reward":
             shuffled = ShuffledCritic.of(self.critic, stream(self.key, "shuffled"), aligned.latents.shape[-1])
-            return self.best(self.rewire(shuffled).changes), self.cost.total
+            return self.best(self.adapt(shuffled).changes), self.cost.total
         if name == "random direction":
             keys = row_keys(stream(self.key, "random direction"), len(self.prompts.starts))
-            return self.best(random_changes(keys, rewired.changes)), self.cost.total
+            return self.best(random_changes(keys, adaptation.changes)), self.cost.total
         if name == "best of S":
-            return self.act(num_texts=self.cost.texts).best(), self.cost.texts * (self.cost.text + self.cost.judging)
+            return self.write(num_texts=self.cost.texts).best(), self.cost.texts * (self.cost.text + self.cost.judging)
         length = moved(self.standard.latents, aligned.latents) if steer is None else np.full(len(aligned.latents), steer)
         toward = directions(self.critic, self.standard.latents, self.standard.chunks)
-        return self.act(shifts=length[:, None] * toward), self.cost.text
+        return self.write(shifts=length[:, None] * toward), self.cost.text
 
-    def way(self, name: str, acted: Acted, flops: float) -> Way:
-        """The first text of each prompt, and its numbers."""
-        return Way(
+    def variant(self, name: str, written: Continuations, flops: float) -> Variant:
+        """First text of each prompt, and its measures."""
+        return Variant(
             name=name,
-            texts=tuple(self.decoded(acted)),
-            rewards=acted.rewards[:, 0],
-            fluency=self.fluency(acted),
-            delta=self.delta(acted),
+            texts=tuple(self.decoded(written)),
+            rewards=written.rewards[:, 0],
+            fluency=self.fluency(written),
+            delta=self.delta(written),
             flops=flops,
         )
 
-    def tokens(self, acted: Acted) -> Int[np.ndarray, "B T"]:
-        """Those of the first text of each prompt."""
-        return acted.chunks[:, 0].reshape(len(acted.chunks), -1)[:, : self.max_tokens]
+    def tokens(self, written: Continuations) -> Int[np.ndarray, "B T"]:
+        """Tokens of the first text of each prompt."""
+        return written.chunks[:, 0].reshape(len(written.chunks), -1)[:, : self.max_tokens]
 
-    def decoded(self, acted: Acted) -> list[str]:
-        return [self.model.tokenizer.decode(row) for row in self.tokens(acted)]
+    def decoded(self, written: Continuations) -> list[str]:
+        return [self.model.tokenizer.decode(row) for row in self.tokens(written)]
 
     @property
     def fluency_of(self) -> str:
         return "bits/byte by the judge" if self.judge is not None else "energy by the base model"
 
-    def fluency(self, acted: Acted) -> Float[np.ndarray, "B"]:
-        """Of the first text of each prompt, lower being better."""
+    def fluency(self, written: Continuations) -> Float[np.ndarray, "B"]:
+        """Fluency of the first text of each prompt; lower is better."""
         if self.judge is None:
-            return self.seal.energy(self.prompts, acted.chunks[:, :1], self.keys)[:, 0].astype(np.float64)
-        texts = self.decoded(acted)
+            return self.seal.energy(self.prompts, written.chunks[:, :1], self.keys)[:, 0].astype(np.float64)
+        texts = self.decoded(written)
         num_bytes = np.array([len(text.encode()) for text in texts], np.float64)
         nats = self.judge.nats(self.texts_before, texts)
         return np.where(num_bytes > 0, nats / np.maximum(num_bytes, 1) / np.log(2), np.nan)
 
-    def delta(self, acted: Acted) -> Float[np.ndarray, "B"]:
-        """SEAL delta of the first text of each prompt: its mean latent's distance from that of the standard text."""
-        own, standard = (self._mean_latents(each) for each in (acted, self.standard))
+    def delta(self, written: Continuations) -> Float[np.ndarray, "B"]:
+        """SEAL delta of the first text of each prompt: distance of its mean latent from that of the standard text."""
+        own, standard = (self._mean_latents(each) for each in (written, self.standard))
         return np.linalg.norm(own - standard, axis=-1)
 
     def settings(self, max_tokens: int, seed: int) -> str:
-        """What the numbers depend on."""
+        """Settings that the numbers depend on, in a line."""
         config = self.seal.config
         rank = f" of rank {config.fast.rank}" if config.fast.rank else ""
         return (
@@ -310,9 +308,9 @@ class Writer:
             f"{config.fast.part}{rank}, {config.fast.size(self.seal.params):,} numbers; feedback {config.feedback}; seed {seed}"
         )
 
-    def _mean_latents(self, acted: Acted) -> Float[np.ndarray, "B Z"]:
+    def _mean_latents(self, written: Continuations) -> Float[np.ndarray, "B Z"]:
         graphdef, params = nnx.split(self.seal.predictor.autoencoder)
-        return np.asarray(_encoded_mean(graphdef, params, jax.numpy.asarray(acted.chunks[:, 0])))
+        return np.asarray(_encoded_mean(graphdef, params, jnp.asarray(written.chunks[:, 0])))
 
     def _require_room(self, ids: Sequence[Int[np.ndarray, "_"]]) -> None:
         context = self.model.block_tokens // self.model.chunk_size
@@ -331,50 +329,55 @@ _encoded_mean = jax.jit(
 )
 
 
-def _rolled_back(standard: Way, aligned: Way, rows: np.ndarray) -> Way:
-    """The aligned texts, standard ones in their place where `rows` says so."""
+def _rolled_back(standard: Variant, aligned: Variant, rows: np.ndarray) -> Variant:
+    """The aligned texts, replaced by the standard ones in `rows`."""
     texts = tuple(one if back else two for one, two, back in zip(standard.texts, aligned.texts, rows, strict=True))
     numbers = {
         name: np.where(rows, getattr(standard, name), getattr(aligned, name)) for name in ("rewards", "fluency", "delta")
     }
-    return Way(name=aligned.name, texts=texts, flops=aligned.flops, **numbers)
+    return Variant(name=aligned.name, texts=texts, flops=aligned.flops, **numbers)
 
 
-def _undone(rewired: Rewired, rows: np.ndarray) -> Rewired:
-    """Without change in these rows."""
+def _undone(adaptation: Adaptation, rows: np.ndarray) -> Adaptation:
+    """The adaptation without changes in `rows`."""
 
     def kept(x: np.ndarray, nothing: Any = 0) -> np.ndarray:
         return np.where(rows.reshape(-1, *[1] * (x.ndim - 1)), nothing, x).astype(x.dtype)
 
-    return rewired._replace(
-        changes=jax.tree.map(kept, rewired.changes),
-        after=kept(rewired.after, rewired.before),
-        drift=kept(rewired.drift),
-        norm=kept(rewired.norm),
+    return adaptation._replace(
+        changes=jax.tree.map(kept, adaptation.changes),
+        after=kept(adaptation.after, adaptation.before),
+        drift=kept(adaptation.drift),
+        norm=kept(adaptation.norm),
     )
 
 
-class _Weighted(NamedTuple):
-    what: str
-    weight: float
+# -- controls ---------------------------------------------------------------------------------------------------------
 
 
-def _weight(words: str) -> _Weighted:
-    """ "war,army=2" -> ("war,army", 2.0)."""
-    what, found, number = words.rpartition("=")
-    if not found:
-        return _Weighted(words, 1.0)
-    try:
-        return _Weighted(what, float(number))
-    except ValueError as error:
-        raise UsageError(f"{words!r}: behind = stands a weight, a number such as {what}=0.5") from error
+def random_changes(keys: Array, changes: Change) -> Change:
+    """For each prompt a change in a random direction, of the same length in every weight."""
+    return jax.vmap(fast_weights.random_like)(keys, jax.tree.map(jnp.asarray, changes))
 
 
-def _times(weight: float) -> str:
-    return "" if weight == 1 else f"{weight:g} times "
+def directions(
+    critic: Any, latents: Float[np.ndarray, "B S N Z"], chunks: Int[np.ndarray, "B S N K"]
+) -> Float[np.ndarray, "B Z"]:
+    """Direction, of length 1, in which a shift of all latents of a prompt's texts raises the reward most.
+
+    A concept's own direction; for other critics the gradient of the reward at the texts.
+    """
+    if isinstance(critic, DirectionCritic):
+        return np.broadcast_to(np.asarray(critic.direction), (len(latents), latents.shape[-1]))
+
+    def reward(shift: Float[Array, "B Z"]) -> Float[Array, ""]:
+        moved = jnp.swapaxes(jnp.asarray(latents) + shift[:, None, None], 0, 1)
+        return rewards_of(critic, moved, jnp.swapaxes(jnp.asarray(chunks), 0, 1)).mean()
+
+    slope = np.asarray(jax.grad(reward)(jnp.zeros((len(latents), latents.shape[-1]))))
+    return slope / np.maximum(np.linalg.norm(slope, axis=1, keepdims=True), 1e-12)
 
 
-def _autoencoder(model: Bundle) -> Autoencoder:
-    if model.autoencoder is None:
-        raise UsageError(f"{model.folder}: holds a token model, which has no latents to align; name a latent language model")
-    return model.autoencoder
+def moved(standard: Float[np.ndarray, "B S N Z"], aligned: Float[np.ndarray, "B S N Z"]) -> Float[np.ndarray, "B"]:
+    """Distance between the mean latents of each prompt's standard and aligned texts."""
+    return np.linalg.norm(aligned.mean((1, 2)) - standard.mean((1, 2)), axis=-1)

@@ -1,11 +1,11 @@
-"""Brakes: how far a prompt's weights may go, and when they go back.
+"""Brakes: limits on the change of a prompt's weights, and conditions for undoing it.
 
 Drift is measured at the prompt's state, between what the adapted and the base model would draw there, by the energy
 coefficient (Szekely and Rizzo 2013, "Energy statistics"):
 
     drift = (2 E|x - y| - E|x - x'| - E|y - y'|) / (2 E|x - y|),    x, x' ~ adapted, y, y' ~ base
 
-It lies between 0, which it is for equal laws alone, and 1, and needs no likelihood.
+It lies between 0, only for equal distributions, and 1, and needs no likelihood.
 """
 
 import dataclasses
@@ -21,19 +21,18 @@ from calm.errors import UsageError
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Brakes:
-    """What holds the weights back; all off by default."""
+    """Limits on the change of the weights; all off by default."""
 
     penalty: float = 0.0
-    """what a unit of drift takes off the reward"""
+    """reward subtracted per unit of drift"""
     max_drift: float | None = None
-    """a step that would bring the drift above this is not taken, and the weights stay where they are; in (0, 1]"""
+    """in (0, 1]; a step that would bring the drift above it is not taken, and adaptation stops"""
     max_norm: float | None = None
-    """longest change, in lengths of the weights that it is about; a longer one is shortened to it"""
+    """length of the longest change, relative to the weights changed; a longer one is shortened to it"""
     enough: float | None = None
     """mean reward of the futures at which no further step is taken"""
     max_loss: float | None = None
-    """how much worse than the standard text the aligned one may read, .1 being a tenth; beyond it the standard text, and the
-    base weights, are what remains"""
+    """relative loss of fluency, such as .1, beyond which the standard text and the base weights are kept"""
 
     def __post_init__(self) -> None:
         if not (self.penalty >= 0 and math.isfinite(self.penalty)):
@@ -48,15 +47,15 @@ class Brakes:
             raise UsageError("brakes: enough must be a number")
 
     def reads_too_badly(self, aligned: Float[np.ndarray, "B"], standard: Float[np.ndarray, "B"]) -> Bool[np.ndarray, "B"]:
-        """Which texts give way to the standard ones, by how badly either reads (bits per byte, or an energy score)."""
+        """Texts to be replaced by the standard ones, given the fluency of both (bits per byte, or an energy score)."""
         return np.zeros(len(standard), bool) if self.max_loss is None else aligned > (1 + self.max_loss) * standard
 
 
 def drift(adapted: Float[Array, "S Z"], base: Float[Array, "S Z"]) -> Float[Array, ""]:
-    """The energy coefficient of two samples made of the same noise.
+    """Energy coefficient of two samples drawn with the same noise.
 
-    Pairs of one noise are left out, between the samples as within them, so equal models give exactly 0; a little below 0 is
-    noise of the estimate.
+    Pairs of the same noise are left out, between samples and within, so equal models give exactly 0; estimates may be
+    slightly negative.
     """
     count = len(base)
 

@@ -1,16 +1,17 @@
-"""A concept as a direction in latent space: from the mean latent of text in general to the mean latent of the concept.
+"""A concept as a direction in latent space, from the mean latent of text in general to the mean latent of the concept;
+and the critic of a concept for a trained model.
 
-The concept is given by words, which are looked for in prepared text: the chunks that hold a part of one of them count. Or it is
-given by example texts, all of whose chunks count. Whose latents these are, a `Reader` says: the autoencoder's of the text
-(`encoded`), or those that the model itself expects there (`expected`). Difference of means as in contrastive
-activation addition (Rimsky et al. 2023, arXiv:2312.06681), here on latents that stand for chunks of text and not on
-activations.
+The concept is given by words, which are looked for in prepared text (chunks that hold a part of one of them count), or by
+example texts, all of whose chunks count. A `Reader` gives the latent of a chunk: the autoencoder's (`encoded`), or the one
+that the model itself expects there (`expected`). Difference of means as in contrastive activation addition (Rimsky et al.
+2023, arXiv:2312.06681), here on latents of chunks of text and not on activations.
 """
 
 import re
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -19,12 +20,20 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from calm.core.autoencoder import Autoencoder
+from calm.core.latent_lm import LatentLM
 from calm.core.predictor import NextVector
 from calm.errors import UsageError
+from calm.runs.bundle import Bundle
+from calm.runs.stages import validation_blocks
 from calm.text.tokenizer import Tokenizer
-from calm.ttt.critic import ConceptCritic
+from calm.ttt.critic import DirectionCritic, load_critic, weighted
+from calm.ttt.critic_training import read_lines
+from calm.ttt.lexicon import LexiconCritic, topic_of
+from calm.ttt.rollout import require_steerable
 
 CHUNKS_AT_ONCE = 4096
+CONCEPT_TOKENS, TOPIC_TOKENS, PASSAGE = 256 * 1024, 1024 * 1024, 128
+By = Literal["auto", "text", "direction"]
 Reader = Callable[[Int[np.ndarray, "R N K"]], Float[np.ndarray, "R N Z"]]
 """rows of chunks to the latent of each; nan where there is none"""
 
@@ -38,7 +47,7 @@ def parse_words(concept: str) -> tuple[str, ...]:
 
 
 def word_pattern(words: Sequence[str]) -> re.Pattern[str]:
-    """Finds whole words, upper and lower case alike; a blank stands for any white space."""
+    """Pattern of whole words, ignoring case; a blank matches any white space."""
     either = "|".join(r"\s+".join(map(re.escape, word.split())) for word in words)
     return re.compile(rf"(?<!\w)(?:{either})(?!\w)", re.IGNORECASE)
 
@@ -61,7 +70,7 @@ def chunks_with(
 
 
 def require_found(count: int, words: Sequence[str], searched: int) -> None:
-    """Raises UsageError where the words of a concept are nowhere in so many tokens of text."""
+    """Raises UsageError where the words of a concept were not found in `searched` tokens of text."""
     if not count:
         raise UsageError(
             f"concept {', '.join(words)}: not one of its words is in the {searched:,} tokens that were searched; "
@@ -71,8 +80,8 @@ def require_found(count: int, words: Sequence[str], searched: int) -> None:
 
 def concept_of_words(
     words: Sequence[str], blocks: Int[np.ndarray, "R T"], chunk_size: int, read: Reader, tokenizer: Tokenizer
-) -> tuple[ConceptCritic, int]:
-    """The critic of a concept given by words, and in how many chunks of the text they were found.
+) -> tuple[DirectionCritic, int]:
+    """Critic of a concept given by words, and the number of chunks of the text that hold them.
 
     Raises:
         UsageError: none of the words is in the text.
@@ -86,8 +95,8 @@ def concept_of_words(
 
 def concept_of_texts(
     texts: Sequence[str], blocks: Int[np.ndarray, "R T"], chunk_size: int, read: Reader, tokenizer: Tokenizer
-) -> tuple[ConceptCritic, int]:
-    """The critic of a concept given by example texts, each of which begins a chunk, and how many chunks they have."""
+) -> tuple[DirectionCritic, int]:
+    """Critic of a concept given by example texts, each beginning a chunk, and their number of chunks."""
     parts = [ids[: len(ids) // chunk_size * chunk_size] for ids in tokenizer.encode_batch(list(texts))]
     examples = np.concatenate(parts) if parts else np.zeros(0, np.int32)
     if not len(examples):
@@ -105,11 +114,11 @@ def as_rows(blocks: Int[np.ndarray, "R T"], chunk_size: int) -> Int[np.ndarray, 
     return blocks[:, : blocks.shape[1] // chunk_size * chunk_size].reshape(len(blocks), -1, chunk_size)
 
 
-# -- what the latent of a chunk of text is ----------------------------------------------------------------------------
+# -- latent of a chunk of text ----------------------------------------------------------------------------------------
 
 
 def encoded(autoencoder: Autoencoder) -> Reader:
-    """The posterior mean of every chunk: what pure CALM is trained to draw, and its decoder to read."""
+    """Reader of the posterior mean of every chunk, the latent that pure CALM is trained to draw and its decoder to read."""
     graphdef, params = nnx.split(autoencoder)
 
     def read(rows: Int[np.ndarray, "R N K"]) -> Float[np.ndarray, "R N Z"]:
@@ -119,10 +128,10 @@ def encoded(autoencoder: Autoencoder) -> Reader:
 
 
 def expected(predictor: NextVector, num_draws: int = 8) -> Reader:
-    """The mean of what the model itself draws for every chunk but the first of its row, given those before it.
+    """Reader of the mean of the model's own draws for every chunk but the first of its row, given those before it.
 
-    A decoder inside the chunk is trained by its likelihood to read the head's latents, which an energy score of small weight
-    keeps only near the autoencoder's: what a latent means to it is in these.
+    A context decoder is trained by its likelihood to read the head's latents, which an energy score of small weight keeps
+    only near the autoencoder's; so its latents are these.
     """
     graphdef, params = nnx.split(predictor)
 
@@ -134,7 +143,7 @@ def expected(predictor: NextVector, num_draws: int = 8) -> Reader:
 
 
 def _by_rows(function: Callable[[Array], Array], rows: Int[np.ndarray, "R N K"]) -> Float[np.ndarray, "R N Z"]:
-    """Some rows at a time, always as many: one shape, compiled once."""
+    """Applies `function` to groups of rows of one size, so that it compiles once."""
     at_once = min(len(rows), max(1, CHUNKS_AT_ONCE // rows.shape[1]))
     padded = np.pad(rows, ((0, -len(rows) % at_once), (0, 0), (0, 0)))
     parts = [np.asarray(function(jnp.asarray(padded[at : at + at_once]))) for at in range(0, len(padded), at_once)]
@@ -158,9 +167,121 @@ def _mean(latents: Float[np.ndarray, "R N Z"]) -> Float[np.ndarray, "Z"]:
     return latents[np.isfinite(latents[..., 0])].mean(0)
 
 
-def _toward(general: Float[np.ndarray, "Z"], own: Float[np.ndarray, "Z"], name: str) -> ConceptCritic:
+def _toward(general: Float[np.ndarray, "Z"], own: Float[np.ndarray, "Z"], name: str) -> DirectionCritic:
     direction = own - general
     length = np.linalg.norm(direction)
     if not length > 1e-6:
         raise UsageError(f"concept {name}: its mean latent is that of text in general, so there is no direction to go")
-    return ConceptCritic(jnp.asarray(general), jnp.asarray(direction / length))
+    return DirectionCritic(jnp.asarray(general), jnp.asarray(direction / length))
+
+
+# -- the critic of a concept, for a trained model -------------------------------------------------------------------------
+
+
+def lexicon_critic(
+    model: Bundle, concept: str, data: str | Path | None = None, *, split: str = "train", max_tokens: int = TOPIC_TOKENS
+) -> tuple[LexiconCritic, int]:
+    """Critic of the words that a model's decoder expects to write (`calm.ttt.lexicon`), and the number of passages of
+    `PASSAGE` tokens about the concept that it was learned from. The arguments are those of `direction_critic`.
+
+    Raises:
+        UsageError: as `direction_critic`; a decoder that reads more than latents.
+    """
+    predictor, tokenizer = require_steerable(model.predictor), model.tokenizer
+    text = model.prepared_data(data).split(split)
+    count = min(max_tokens, text.num_tokens) // PASSAGE
+    passages = text.read(0, count * PASSAGE).reshape(count, PASSAGE)
+    if concept.startswith("@"):
+        examples = tokenizer.encode_batch(read_lines(concept[1:], "concept"))
+        own, other, found = examples, passages, len(examples)
+    else:
+        words = parse_words(concept)
+        about = chunks_with(words, passages, PASSAGE, tokenizer)[:, 0]
+        own, other, found = passages[about], passages[~about], int(about.sum())
+        require_found(found, words, passages.size)
+    return LexiconCritic.of(predictor, topic_of(list(own), list(other), predictor.vocab_size)), found
+
+
+def direction_critic(
+    model: Bundle, concept: str, data: str | Path | None = None, *, split: str = "train", max_tokens: int = CONCEPT_TOKENS
+) -> tuple[DirectionCritic, int]:
+    """Critic of a concept's direction, and the number of chunks that hold the concept.
+
+    `concept` is words separated by commas, which are looked for in the first `max_tokens` of a split of prepared data (by
+    default the model's training data), or `@FILE`, a file or folder of example texts, one a line.
+
+    Raises:
+        UsageError: no words, words that the text does not have, or a file that cannot be read.
+    """
+    read, size = latent_reader(model), _autoencoder(model).config.chunk_size
+    opened = model.prepared_data(data)
+    blocks, _ = validation_blocks(opened, model.block_tokens, split, max_tokens)
+    if concept.startswith("@"):
+        return concept_of_texts(read_lines(concept[1:], "concept"), blocks, size, read, model.tokenizer)
+    return concept_of_words(parse_words(concept), blocks, size, read, model.tokenizer)
+
+
+def latent_reader(model: Bundle) -> Reader:
+    """Reader for this model: its own expectation where a context decoder reads latents, else the posterior mean."""
+    if isinstance(model.lm, LatentLM) and model.lm.context_decoder is not None:
+        return expected(require_steerable(model.predictor))
+    return encoded(_autoencoder(model))
+
+
+def concept_critic(model: Bundle, concept: str, data: str | Path | None = None, by: By = "auto") -> tuple[Any, str]:
+    """Critic of a concept, and a description of the text it was found in: `by` the decoder's words (text) or by the latents'
+    direction; auto = text where the decoder reads latents alone."""
+    writer = model.lm.context_decoder if isinstance(model.lm, LatentLM) else None
+    if by == "text" or (by == "auto" and not (writer is not None and writer.config.use_hidden)):
+        critic, count = lexicon_critic(model, concept, data)
+        return critic, f"{count} passages of text"
+    direction, count = direction_critic(model, concept, data)
+    return direction, f"{count} chunks of text"
+
+
+def combined_critic(
+    model: Bundle,
+    concepts: Sequence[str] = (),
+    critics: Sequence[str] = (),
+    data: str | Path | None = None,
+    by: By = "auto",
+) -> tuple[Any, str]:
+    """Weighted sum of the critics of concepts (`concept_critic`) and of trained critics in folders, and its description. Each
+    may end in `=WEIGHT`.
+
+    Raises:
+        UsageError: neither concept nor critic, or one that cannot be loaded.
+    """
+    parts, descriptions = [], []
+    for concept in concepts:
+        words, weight = _weight(concept)
+        critic, found = concept_critic(model, words, data, by)
+        parts.append((weight, critic))
+        descriptions.append(f"{_times(weight)}concept {words} ({found})")
+    for folder in critics:
+        name, weight = _weight(folder)
+        critic, description = load_critic(name, _autoencoder(model))
+        parts.append((weight, critic))
+        descriptions.append(f"{_times(weight)}critic {description.get('wanted', name)}")
+    return weighted(parts), " + ".join(descriptions)
+
+
+def _weight(words: str) -> tuple[str, float]:
+    """ "war,army=2" -> ("war,army", 2.0)."""
+    name, found, number = words.rpartition("=")
+    if not found:
+        return words, 1.0
+    try:
+        return name, float(number)
+    except ValueError as error:
+        raise UsageError(f"{words!r}: after = comes a weight, a number such as {name}=0.5") from error
+
+
+def _times(weight: float) -> str:
+    return "" if weight == 1 else f"{weight:g} times "
+
+
+def _autoencoder(model: Bundle) -> Autoencoder:
+    if model.autoencoder is None:
+        raise UsageError(f"{model.folder}: holds a token model, which has no latents to align; name a latent language model")
+    return model.autoencoder

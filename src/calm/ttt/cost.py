@@ -1,8 +1,8 @@
-"""What adaptation costs, in FLOPs, and what the same FLOPs would buy without it.
+"""FLOPs of adaptation, and the number of texts that they would buy without it.
 
-Matrix products count, a backward pass twice its forward pass where weights learn and once where a slope only passes through
-(`calm.evaluate.flops`). A critic that reads what the decoder makes of latents runs the decoder once more, which counts, in the
-choice among texts too; other critics here are thousands of times cheaper than what they judge, and of one's own nobody knows.
+Matrix products count, a backward pass twice its forward pass where weights learn and once where a gradient only passes
+through (`calm.evaluate.flops`). A critic that reads the decoder's distributions runs the decoder once more, also for the
+choice among texts; other critics here are thousands of times cheaper, and the cost of a user's own is unknown.
 """
 
 import dataclasses
@@ -16,22 +16,22 @@ from calm.ttt.seal import SealConfig
 class AlignmentCost:
     """FLOPs for one prompt."""
 
-    rewire: float
-    """reading the prompt for it, imagining, and the gradient steps"""
+    adaptation: float
+    """reading the prompt, futures, and the gradient steps"""
     text: float
     """reading the prompt and writing one text"""
     judging: float = 0.0
-    """the critic's opinion of one text"""
+    """reward of one text"""
     written: int = 1
-    """texts that the adapted weights write, each judged where one of several is kept"""
+    """texts of the adapted weights, each judged where one of several is kept"""
 
     @property
     def total(self) -> float:
-        return self.rewire + self.written * (self.text + (self.judging if self.written > 1 else 0.0))
+        return self.adaptation + self.written * (self.text + (self.judging if self.written > 1 else 0.0))
 
     @property
     def texts(self) -> int:
-        """How many texts could be written and judged without adaptation for what adaptation and its texts cost."""
+        """Number of texts that could be written and judged without adaptation at the same cost."""
         return max(1, int(self.total // (self.text + self.judging)))
 
 
@@ -44,13 +44,12 @@ def alignment_cost(
     num_chunks: int,
     reads_chunks: bool = False,
 ) -> AlignmentCost:
-    """The cost of `config` for a prompt of so many chunks, and of a text of `num_chunks`, by a critic that `reads_chunks` or
-    not."""
+    """Cost for a prompt of `prompt_chunks` chunks and texts of `num_chunks`."""
     encoder = codec.encoder_flops() if lm.stem != "discrete" else 0
     writer = codec.decoder_flops() + codec.vocabulary_flops() if lm.context_decoder is None else lm.writing_flops(1)
 
     def parts(length: int) -> tuple[int, int]:
-        """Of one chunk behind `length` chunks: reading it, and the head."""
+        """Of one chunk after `length` chunks: reading it, and the head."""
         reading = lm.flops(length, 0)
         return reading + encoder, lm.flops(length, 1) - reading
 
@@ -73,5 +72,7 @@ def alignment_cost(
         per_step += config.samples * head + (prompt if everything else 0)
     if config.brakes.penalty:
         per_step += 3 * config.samples * head
-    rewire = config.inner_steps * per_step + prompt
-    return AlignmentCost(rewire=float(rewire), text=float(text), judging=float(num_chunks * judge), written=config.texts)
+    adaptation = config.inner_steps * per_step + prompt
+    return AlignmentCost(
+        adaptation=float(adaptation), text=float(text), judging=float(num_chunks * judge), written=config.texts
+    )

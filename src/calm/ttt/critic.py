@@ -1,21 +1,34 @@
-"""Critics: how much a trajectory of latents is what is wanted, as a number with a slope.
+"""Critics: differentiable rewards of trajectories of latents, and their folders.
 
-A critic is anything that maps latents `[S B N Z]` to rewards `[S B]`, higher being better, each trajectory by itself: a
-function of one's own, or one of those here. They are pytrees, so that one compiled program serves every concept and every
-trained critic of the same sizes. One with `reads_chunks = True` is also given the chunks that were written for the latents,
-`[S B N K]`, as constants (`calm.ttt.lexicon`).
+A critic maps latents `[S B N Z]` to rewards `[S B]`, higher being better, each trajectory by itself: any function, or one
+of those here. They are pytrees, so that one compiled program serves all concepts and trained critics of the same sizes.
+One with `reads_chunks = True` also receives the chunks written for the latents, `[S B N K]`, as constants
+(`calm.ttt.lexicon`).
+
+In a folder critic.json is the description and critic.safetensors holds the arrays, never a pickle. A critic belongs to the
+latents of one autoencoder, whose fingerprint it holds, and is refused for another.
 """
 
 import dataclasses
+import hashlib
+import json
 from functools import partial
+from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from flax import nnx
 from jaxtyping import Array, Float, Int
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
 
-from calm.errors import UsageError
+from calm.core.autoencoder import Autoencoder
+from calm.errors import CalmError, UsageError
 from calm.rng import PRNGKey
+from calm.text.atomic_write import write_whole
+from calm.train.trees import named_leaves
 
 MIN_LENGTH = 1e-2  # latents are about sqrt(Z) long; below this a cosine's slope, 1 / length, is cut
 
@@ -29,11 +42,10 @@ class Critic(Protocol):
 
 @partial(jax.tree_util.register_dataclass, data_fields=("origin", "direction"), meta_fields=())
 @dataclasses.dataclass(frozen=True)
-class ConceptCritic:
-    """Closeness to a concept: the cosine between a latent, seen from the general mean, and the concept's direction, as a mean
-    over the trajectory; in [-1, 1].
+class DirectionCritic:
+    """Mean cosine along the trajectory, in [-1, 1], between the latent's offset from the general mean and a direction.
 
-    The target of J. Adam's description (2025, "Calm-Seal"), which leaves open how the vector is found; see `calm.ttt.concept`.
+    The critic of J. Adam's description (2025, "Calm-Seal"), which does not define the direction; see `calm.ttt.concept`.
     """
 
     origin: Float[Array, "Z"]
@@ -54,11 +66,10 @@ class ConceptCritic:
 )
 @dataclasses.dataclass(frozen=True)
 class TrainedCritic:
-    """log p(wanted | trajectory) in nats, by a small network that was trained on labelled text (`calm.ttt.training`).
+    """log p(wanted | trajectory) in nats, by a small network trained on labelled text (`calm.ttt.critic_training`).
 
-    Each latent is read together with the one before it (nothing before the first), so that order is seen; what is found there
-    is averaged over the trajectory, so that any length can be judged. At p near 1 the reward is near 0 and so is its slope:
-    what already is as wanted is let be.
+    Features of pairs of neighbouring latents (zeros before the first) are averaged over the trajectory, so order matters
+    and any length can be judged. At p near 1 reward and gradient are near 0.
     """
 
     origin: Float[Array, "Z"]
@@ -70,10 +81,10 @@ class TrainedCritic:
     out: Float[Array, "W"]
     out_bias: Float[Array, ""]
     temperature: Float[Array, ""]
-    """by which the logit is divided: fitted on text that was not trained on (Guo et al. 2017, arXiv:1706.04599)"""
+    """divisor of the logit, fitted on held-out text (Guo et al. 2017, arXiv:1706.04599)"""
 
     def logit(self, latents: Float[Array, "*b N Z"], length: Int[Array, "*b"] | None = None) -> Float[Array, "*b"]:
-        """Log-odds of what is wanted, calibrated; of trajectories that are shorter than N, `length` says what counts."""
+        """Calibrated log-odds of the wanted class; only the first `length` latents of a trajectory count, None = all."""
         seen = (latents - self.origin) / self.spread
         before = jnp.concatenate([jnp.zeros_like(seen[..., :1, :]), seen[..., :-1, :]], axis=-2)
         found = jax.nn.silu(jnp.concatenate([before, seen], axis=-1) @ self.pairs + self.pairs_bias)
@@ -109,7 +120,7 @@ class CriticSum:
 @partial(jax.tree_util.register_dataclass, data_fields=("critic", "order"), meta_fields=())
 @dataclasses.dataclass(frozen=True)
 class ShuffledCritic:
-    """A critic that sees the latents' dimensions in another order: as steep as the critic, and about nothing. A control."""
+    """A critic of latents with permuted dimensions, as steep as the critic and unrelated to its aim; a control."""
 
     critic: Any
     order: Int[Array, "Z"]
@@ -127,7 +138,7 @@ class ShuffledCritic:
 
 
 def weighted(parts: list[tuple[float, Any]]) -> Any:
-    """One critic of several, each with its weight.
+    """Weighted sum of critics.
 
     Raises:
         UsageError: none at all, or a weight that is 0 or not a number.
@@ -144,18 +155,17 @@ def weighted(parts: list[tuple[float, Any]]) -> Any:
 
 
 def reads_chunks(critic: Any) -> bool:
-    """Whether it is to be given what was written for the latents."""
+    """Whether a critic takes the chunks written for the latents."""
     return bool(getattr(critic, "reads_chunks", False))
 
 
 def rewards_of(critic: Any, latents: Float[Array, "S B N Z"], chunks: Int[Array, "S B N K"] | None) -> Any:
-    """A critic's rewards of futures, whatever it gives: of their latents, and of what was written for them where it
-    `reads_chunks`."""
+    """Unchecked rewards of a critic for futures, given their chunks where it `reads_chunks`."""
     return critic(latents, chunks) if reads_chunks(critic) else critic(latents)
 
 
 def as_pytree(critic: Any) -> Any:
-    """The critic as a compiled program takes it: a function of one's own is a tree without leaves."""
+    """The critic as a pytree; a plain function becomes one without leaves."""
     if not callable(critic):
         raise UsageError(f"critic: must be a function of latents [S B N Z], got {type(critic).__name__}")
     plain = jax.tree_util.all_leaves([critic])
@@ -163,10 +173,10 @@ def as_pytree(critic: Any) -> Any:
 
 
 def checked_rewards(critic: Any, latents: Float[Array, "S B N Z"], chunks: Int[Array, "S B N K"]) -> Float[Array, "S B"]:
-    """The critic's rewards of real trajectories.
+    """Rewards of real trajectories.
 
     Raises:
-        UsageError: they have the wrong shape, or are no numbers.
+        UsageError: rewards of the wrong shape, or not finite.
     """
     wanted = latents.shape[:2]
     try:
@@ -183,3 +193,65 @@ def checked_rewards(critic: Any, latents: Float[Array, "S B N Z"], chunks: Int[A
     if wrong:
         raise UsageError(f"critic: {wrong} of {rewards.size} rewards are not finite numbers")
     return rewards
+
+
+# -- files ------------------------------------------------------------------------------------------------------------
+
+DESCRIPTION, ARRAYS = "critic.json", "critic.safetensors"
+KINDS: dict[str, type] = {"concept": DirectionCritic, "trained": TrainedCritic}
+
+
+def fingerprint(autoencoder: Autoencoder) -> str:
+    """Hash of an autoencoder's weights, 16 hex digits."""
+    digest = hashlib.sha256()
+    for name, leaf in sorted(named_leaves(nnx.state(autoencoder, nnx.Param)).items()):
+        digest.update(name.encode() + np.ascontiguousarray(np.asarray(leaf, np.float32)).tobytes())
+    return digest.hexdigest()[:16]
+
+
+def save_critic(
+    critic: DirectionCritic | TrainedCritic, folder: str | Path, autoencoder: Autoencoder, **facts: Any
+) -> dict[str, Any]:
+    """Writes a critic to a folder and returns its description, which includes `facts`."""
+    folder = Path(folder)
+    kind = next(name for name, cls in KINDS.items() if isinstance(critic, cls))
+    description = {"kind": kind, "autoencoder": fingerprint(autoencoder), "latent_dim": autoencoder.config.latent_dim, **facts}
+    arrays = {field.name: np.asarray(getattr(critic, field.name), np.float32) for field in dataclasses.fields(critic)}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file({name: np.atleast_1d(array) for name, array in arrays.items()}, folder / (ARRAYS + ".tmp"))
+        (folder / (ARRAYS + ".tmp")).chmod(0o644)
+        (folder / (ARRAYS + ".tmp")).replace(folder / ARRAYS)
+        write_whole(folder / DESCRIPTION, json.dumps(description, indent=2) + "\n")
+    except OSError as error:
+        raise CalmError(f"{folder}: cannot write the critic ({error})") from error
+    return description
+
+
+def load_critic(folder: str | Path, autoencoder: Autoencoder) -> tuple[DirectionCritic | TrainedCritic, dict[str, Any]]:
+    """Loads a critic for the latents of this autoencoder, and its description.
+
+    Raises:
+        UsageError: no critic there, damaged files, or one that was made for another autoencoder.
+    """
+    folder = Path(folder)
+    if not (folder / DESCRIPTION).is_file() or not (folder / ARRAYS).is_file():
+        raise UsageError(f"critic {folder}: holds no {DESCRIPTION} and {ARRAYS}; `calm train critic` makes them")
+    try:
+        description = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
+        cls = KINDS[description["kind"]]
+        arrays = load_file(folder / ARRAYS)
+        scalars = ("out_bias", "temperature")
+        fields = {
+            field.name: jnp.asarray(arrays[field.name][0] if field.name in scalars else arrays[field.name])
+            for field in dataclasses.fields(cls)
+        }
+        made_for = description["autoencoder"]
+    except (ValueError, KeyError, TypeError, IndexError, OSError, SafetensorError) as error:
+        raise UsageError(f"critic {folder}: damaged ({type(error).__name__}: {error})") from error
+    if made_for != fingerprint(autoencoder):
+        raise UsageError(
+            f"critic {folder}: made for the latents of another autoencoder (fingerprint {made_for}, the model's is "
+            f"{fingerprint(autoencoder)}); train it with --autoencoder on the model's run"
+        )
+    return cls(**fields), description

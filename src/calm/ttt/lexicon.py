@@ -1,24 +1,24 @@
-"""A critic that reads what the decoder makes of latents: is what it expects to write as topical as text about the topic is?
+"""A critic of the words that the decoder expects to write: are they as topical as those of text about the topic?
 
-A direction in latent space can be followed by latents that mean nothing as text: a decoder is free to ignore how long a latent
-is in that direction, or that it is short in all others (docs/log.md). Here a token w weighs what it says about the topic,
+A direction in latent space can be followed by latents that mean nothing as text: a decoder may ignore how long a latent is
+in that direction, or that it is short in all others (docs/log.md). Here a token w has the weight
 
     a_w = log p(w | text about it) / p(w | other text)
 
-the evidence of naive Bayes in nats, and what counts is the decoder's own distributions p of the tokens of a trajectory. Asking
-for as much evidence as possible gets it at the price of the text: first the function words go, then one word is said again and
-again. So two things are asked for, and more of either is as bad as less. With c_w = 1 for words with a meaning of their own and
-0 for the commonest tokens, which make up half of all text,
+the evidence of naive Bayes in nats, and the reward is a function of the decoder's distributions p of a trajectory's tokens.
+Asking for as much evidence as possible spoils the text: function words vanish, then one word is repeated. So two numbers
+should match those of text about the topic, from above and below. With c_w = 0 for the commonest tokens, which make up half
+of all text, and 1 for the others,
 
-    level    E = sum p(w) a_w c_w / sum p(w) c_w    as in text about the topic: what such words are about
-    share    C = mean of p(w) c_w                   as in such text: how many there are, function words being the rest
+    level    E = sum p(w) a_w c_w / sum p(w) c_w    mean evidence of the content words
+    share    C = mean of p(w) c_w                   share of content words, the rest being function words
 
     reward = -|E - level| - |C - share|
 
-in nats a word, at most 0. Its slope in a latent is by what the decoder would write, and is 0 where the latent says nothing to
-it. The tokens before a place are those that the future itself wrote, and stand as constants. A probe for bags of words is the
-critic of PPLM (Dathathri et al. 2020, arXiv:1912.02164), which also adapts while it writes; there the words are listed by hand,
-weigh the same, and their probability has no upper end; a penalty holds the model back instead.
+in nats a word, at most 0. Its gradient in a latent passes through the decoder, and is 0 where the decoder ignores the
+latent. The tokens before a position are those that the future itself wrote, as constants. A probe for bags of words is the
+critic of PPLM (Dathathri et al. 2020, arXiv:1912.02164), which also adapts while it writes; there words are listed by hand
+with equal weights and their probability has no upper bound; a penalty holds the model back instead.
 """
 
 import dataclasses
@@ -40,22 +40,22 @@ from calm.errors import UsageError
 from calm.text.chunking import NOTHING
 
 PRIOR, MOST = 4.0, 3.0
-"""occurrences by which a token's shares are drawn towards those of all text, and the most evidence of a token, in nats"""
+"""pseudo-counts that shrink a token's shares towards those of all text, and the largest evidence of a token, in nats"""
 FUNCTION_SHARE, FOLDS = 0.5, 5
-"""how much of all text its commonest tokens make up that are function words, and parts of the text for cross-validation"""
+"""share of all text made up by the commonest tokens, taken as function words; folds of the cross-validation"""
 
 
 class Topic(NamedTuple):
-    """What text about a topic is like, token by token."""
+    """Token statistics of text about a topic."""
 
     evidence: Float[np.ndarray, "V"]
-    """nats that a token says for the topic; 0 for function words"""
+    """nats of each token for the topic; 0 for function words"""
     content: Float[np.ndarray, "V"]
     """1, and 0 for function words"""
     level: float
-    """mean evidence of the content in text about the topic that the evidence was not learned from"""
+    """mean evidence of content words in held-out text about the topic"""
     share: float
-    """how much of that text is content"""
+    """share of content words in that text"""
 
 
 @partial(
@@ -65,7 +65,7 @@ class Topic(NamedTuple):
 )
 @dataclasses.dataclass(frozen=True)
 class LexiconCritic:
-    """Minus the distance between what is expected to be written and text about a topic, in nats a word."""
+    """Minus the distance of the expected words from text about a topic, in nats a word."""
 
     reads_chunks: ClassVar[bool] = True
     evidence: Float[Array, "V"]
@@ -75,7 +75,7 @@ class LexiconCritic:
     table: Float[Array, "V W"]
     params: Any
     graphdef: Any
-    """of what writes chunks: the context decoder, or the autoencoder"""
+    """of the context decoder, or of the autoencoder where there is none"""
     precision: Precision
 
     def __call__(self, latents: Float[Array, "S B N Z"], chunks: Int[Array, "S B N K"]) -> Float[Array, "S B"]:
@@ -85,12 +85,12 @@ class LexiconCritic:
     def expected(
         self, latents: Float[Array, "S B N Z"], chunks: Int[Array, "S B N K"]
     ) -> tuple[Float[Array, "S B"], Float[Array, "S B"]]:
-        """Of each trajectory: nats of evidence in a word of content, and the share of content."""
+        """Mean evidence of a content word, in nats, and share of content words, of each trajectory."""
         decoder = nnx.merge(self.graphdef, self.params)
         if isinstance(decoder, ContextDecoder):
             rows = latents.reshape(-1, *latents.shape[2:])
             text = jnp.pad(chunks.reshape(-1, *chunks.shape[2:]), ((0, 0), (1, 0), (0, 0)), constant_values=NOTHING)
-            plan = decoder.plan(rows, rows[None])  # it reads no hidden state: `of` sees to that
+            plan = decoder.plan(rows, rows[None])  # reads no hidden state, as `of` requires
             states = decoder.over_text(plan, text)[0]
         else:
             states = decoder.decode_states(latents)
@@ -101,10 +101,10 @@ class LexiconCritic:
 
     @staticmethod
     def of(predictor: NextVector, topic: Topic) -> "LexiconCritic":
-        """The critic of a model's own decoder.
+        """Builds the critic of a model's own decoder.
 
         Raises:
-            UsageError: its decoder reads the hidden state as well, which a future of latents does not have.
+            UsageError: the decoder also reads the hidden state, which a trajectory of latents does not have.
         """
         writer = predictor.lm.context_decoder
         if writer is not None and writer.config.use_hidden:
@@ -126,13 +126,13 @@ class LexiconCritic:
 
 
 def topic_of(about: Sequence[Int[np.ndarray, "_"]], other: Sequence[Int[np.ndarray, "_"]], vocab_size: int) -> Topic:
-    """What passages `about` a topic have that `other` passages have not.
+    """Learns a topic from passages `about` it and `other` passages.
 
-    Level and share are cross-validated over consecutive parts of the passages, so that names which only one article has do not
-    set a level that no other text about the topic reaches.
+    Level and share are cross-validated over consecutive parts of the passages, so that names of a single article do not set
+    a level that no other text about the topic reaches.
 
     Raises:
-        UsageError: no token of a kind.
+        UsageError: one kind of passages has no token.
     """
     kinds = [[passage for passage in kind if passage.size] for kind in (about, other)]
     if not all(kinds):
@@ -154,9 +154,8 @@ def topic_of(about: Sequence[Int[np.ndarray, "_"]], other: Sequence[Int[np.ndarr
 
 
 def evidence_of(about: Float[np.ndarray, "V"], other: Float[np.ndarray, "V"]) -> Float[np.ndarray, "V"]:
-    """What each token says for one kind of text and against the other, from how often either has it: log of the ratio of its
-    shares, in nats, at most `MOST` either way. A token that is rare in both says little, for each share has the `PRIOR` of
-    all text."""
+    """Evidence of each token for one kind of text against the other, from its counts in both: the log ratio of its shares in
+    nats, clipped to `MOST`. `PRIOR` shrinks that of rare tokens towards 0."""
     counts = np.stack([about, other])
     length = counts.sum(1, keepdims=True)
     expected = counts.sum(0) * length / length.sum()  # were there no difference

@@ -1,44 +1,40 @@
-"""Latent futures: what a next-vector model would write behind a prompt, as latents through which a gradient can run.
+"""Latent futures: continuations of a prompt by a next-vector model, as latents that gradients can pass through.
 
-S futures of N chunks part from the prompt's state (`calm.nn.Backbone.fork`: one trunk, S branches). At every step a branch
-reads its last chunk, the head turns hidden state and noise into a latent, and the decoder writes the latent's chunk. The chunk
-is what is read next, so tokens stand between one step and the next, and tokens have no slope. `Feedback` says what the
-gradient does:
+S futures of N chunks start from the prompt's state (`calm.core.backbone.Backbone.fork`: one trunk, S branches). At every step
+a branch reads its last chunk, the head maps hidden state and noise to a latent, and the decoder writes the latent's chunk,
+which is read next. Tokens between steps are not differentiable; `Feedback` sets what replaces their gradient:
 
-    constant            it ends at the tokens: a latent answers for the weights of its own step
-    straight_through    the values are those of `constant`; the gradient passes as if what is read (the tokens' embeddings, the
-                        encoder's mean) were its expectation under the decoder (embeddings) or the latent itself (mean)
-    latent              the latent itself is read, which only a stem that reads nothing else can do: the gradient is exact,
-                        through the whole trajectory. Values differ from generation's, where the written chunk's mean is read
+    constant            none: each latent depends on the weights of its own step alone
+    straight_through    values as in `constant`; the gradient passes as if the inputs (the tokens' embeddings, the encoder's
+                        mean) were their expectation under the decoder (embeddings) or the latent itself (mean)
+    latent              the latent itself is read, for stems that read nothing else: the exact gradient of the whole
+                        trajectory. Values differ from generation, which reads the written chunk's mean
 
 Straight-through: Bengio et al. 2013, arXiv:1308.3432.
 """
 
-from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, Int
 
 from calm.core.chunk_decoder import recent_tokens
 from calm.core.dense import matmul
-from calm.core.generate import LENGTH_STEP
 from calm.core.predictor import NextVector, Noise
 from calm.core.vocabulary import ScoringTable
 from calm.errors import UsageError
 from calm.rng import PRNGKey, stream
-from calm.text.chunking import NOTHING, pad_prompts
+from calm.text.chunking import NOTHING
 
 Feedback = Literal["constant", "straight_through", "latent"]
 
 
-class Begun(NamedTuple):
-    """A prompt, read, and S branches behind all its chunks but the last."""
+class PromptState(NamedTuple):
+    """State after a prompt, and S branches after all its chunks but the last."""
 
     hidden: Float[Array, "D"]
-    """behind the last chunk: what the first new latent is drawn from"""
+    """after the last chunk, for the first new latent"""
     state: Any
     chunk: Int[Array, "S K"]
     """the prompt's last chunk, which every branch reads first"""
@@ -46,14 +42,14 @@ class Begun(NamedTuple):
 
 
 class Futures(NamedTuple):
-    """What S branches wrote in N steps."""
+    """N steps of S branches."""
 
     latents: Float[Array, "S N Z"]
     chunks: Int[Array, "S N K"]
 
 
 def require_steerable(predictor: Any) -> NextVector:
-    """Raises UsageError for a model whose text does not follow from latents."""
+    """The predictor. Raises UsageError for a model whose text does not depend on latents."""
     if not isinstance(predictor, NextVector):
         raise UsageError("alignment works on latents, and a token model has none; name the run of a latent language model")
     writer = predictor.lm.context_decoder
@@ -63,12 +59,14 @@ def require_steerable(predictor: Any) -> NextVector:
 
 
 def default_feedback(predictor: NextVector) -> Feedback:
-    """The exact gradient where there is one, else that of each step."""
+    """`latent` where the gradient is exact, else `constant`."""
     return "latent" if predictor.lm.config.stem == "continuous" else "constant"
 
 
-def begin(predictor: NextVector, chunks: Int[Array, "N K"], start: Int[Array, ""], num_futures: int, num_chunks: int) -> Begun:
-    """Reads a prompt of at least two chunks, padding among them; its row begins at chunk `start`."""
+def read_prompt(
+    predictor: NextVector, chunks: Int[Array, "N K"], start: Int[Array, ""], num_futures: int, num_chunks: int
+) -> PromptState:
+    """Reads a prompt of at least two chunks, padding included; it begins at chunk `start`."""
     length = chunks.shape[0]
     state = predictor.init_state(1, length, start[None], rewindable=True)
     hidden, state = predictor.hidden(chunks[None], state)
@@ -79,38 +77,38 @@ def begin(predictor: NextVector, chunks: Int[Array, "N K"], start: Int[Array, ""
     def each(x: Array) -> Array:
         return jnp.broadcast_to(x, (num_futures, *x.shape))
 
-    return Begun(hidden[0, -1], state, each(chunks[-1]), each(previous))
+    return PromptState(hidden[0, -1], state, each(chunks[-1]), each(previous))
 
 
 def draw_noise(predictor: NextVector, key: PRNGKey, num_futures: int, num_chunks: int) -> Noise:
-    """All the randomness of S futures of N chunks, `[N S ...]`; that of a single future is `calm.core.generate`'s."""
+    """Noise of S futures of N chunks, `[N S ...]`; that of a single future is as in `calm.core.generate`."""
     keys = jax.vmap(lambda step: stream(key, "draw", step))(jnp.arange(num_chunks))
     return jax.vmap(lambda key: predictor.draw_noise(key, (num_futures,), predictor.decoding))(keys)
 
 
-class Read(NamedTuple):
-    """What a branch reads of the chunk that it wrote, where a gradient passes."""
+class SoftChunk(NamedTuple):
+    """Differentiable input of a branch, in place of the chunk that it wrote."""
 
     latent: Float[Array, "S Z"]
     embedded: Float[Array, "S K D"] | None
-    """the tokens' embeddings, as expected under the decoder; none for a stem that reads no tokens"""
+    """expected embeddings under the decoder; None for a stem that reads no tokens"""
 
 
 def futures(
     predictor: NextVector,
-    begun: Begun,
+    prompt: PromptState,
     noise: Noise,
     table: ScoringTable,
     *,
     feedback: Feedback = "constant",
     shift: Float[Array, "Z"] | None = None,
 ) -> Futures:
-    """S continuations of N chunks, one for each noise `[N S ...]`; `table` leaves banned tokens out.
+    """S continuations of N chunks, one for each noise `[N S ...]`; `table` excludes banned tokens.
 
-    `shift` is added to every latent before its chunk is written: steering without a change of weights.
+    `shift` is added to every latent before its chunk is written, which steers without a change of weights.
     """
 
-    def step(carry: tuple[Any, Array, Array, Read | None], noise: Noise) -> tuple[Any, Futures]:
+    def step(carry: tuple[Any, Array, Array, SoftChunk | None], noise: Noise) -> tuple[Any, Futures]:
         state, chunk, previous, read = carry
         hidden, state = _reads(predictor, state, chunk, read, feedback)
         assert noise.latent is not None
@@ -118,16 +116,16 @@ def futures(
         latent = latent if shift is None else latent + shift
         chunk = _written(predictor, hidden, previous, latent, noise.uniforms, table)
         if feedback != "constant":
-            read = Read(latent, _expected(predictor, hidden, previous, latent, chunk))
+            read = SoftChunk(latent, _expected(predictor, hidden, previous, latent, chunk))
         previous = jnp.concatenate([previous, chunk], axis=1)[:, chunk.shape[1] :]
         return (state, chunk, previous, read), Futures(latent, chunk)
 
     read = None
     if feedback != "constant":
         rows = predictor.lm.stem.embedding
-        read = Read(predictor.autoencoder.encode(begun.chunk).mean, None if rows is None else rows[...][begun.chunk])
+        read = SoftChunk(predictor.autoencoder.encode(prompt.chunk).mean, None if rows is None else rows[...][prompt.chunk])
         read = jax.lax.stop_gradient(read)
-    _, written = jax.lax.scan(step, (begun.state, begun.chunk, begun.previous, read), noise)
+    _, written = jax.lax.scan(step, (prompt.state, prompt.chunk, prompt.previous, read), noise)
     return Futures(*(jnp.moveaxis(x, 0, 1) for x in written))
 
 
@@ -139,16 +137,16 @@ def _written(
     uniforms: Float[Array, "S K 2"] | None,
     table: ScoringTable,
 ) -> Int[Array, "S K"]:
-    """The chunk of each latent, chosen as suits the model."""
+    """The chunk of each latent, by the model's own decoding."""
     hidden, latent = jax.lax.stop_gradient((hidden, latent))
     uniforms = None if uniforms is None else uniforms[None]
     return predictor.write_latents(hidden, previous, latent[None], uniforms, decoding=predictor.decoding, table=table)[0]
 
 
 def _reads(
-    predictor: NextVector, state: Any, chunk: Int[Array, "S K"], read: Read | None, feedback: Feedback
+    predictor: NextVector, state: Any, chunk: Int[Array, "S K"], read: SoftChunk | None, feedback: Feedback
 ) -> tuple[Float[Array, "S D"], Any]:
-    """Every branch reads its last chunk."""
+    """Lets every branch read its last chunk."""
     if read is None:
         hidden, state = predictor.hidden(chunk[None], state)
         return hidden[0], state
@@ -171,7 +169,7 @@ def _expected(
     latent: Float[Array, "S Z"],
     chunk: Int[Array, "S K"],
 ) -> Float[Array, "S K D"] | None:
-    """The embeddings that what writes the chunk expects at each place, given the tokens before it; none where none are read."""
+    """Expected embeddings under the decoder at each position, given the tokens before it; None where the stem reads none."""
     if predictor.lm.stem.embedding is None:
         return None
     writer = predictor.lm.context_decoder
@@ -186,15 +184,5 @@ def _expected(
 
 
 def _through(value: Float[Array, "*b X"], smooth: Float[Array, "*b X"]) -> Float[Array, "*b X"]:
-    """The value of the one, with the gradients of both."""
+    """`value`, with the gradients of both."""
     return value + (smooth - jax.lax.stop_gradient(smooth))
-
-
-def lay_out(
-    prompts: Sequence[Int[np.ndarray, "_"]], chunk_size: int, begin_id: int
-) -> tuple[Int[np.ndarray, "B N K"], Int[np.ndarray, "B"]]:
-    """Prompts as generation lays them out, in lengths of few kinds, so that few shapes are compiled."""
-    chunks, starts = pad_prompts(prompts, chunk_size, begin_id)
-    extra = -len(chunks[0]) % LENGTH_STEP
-    padded = np.pad(chunks, ((0, 0), (extra, 0), (0, 0)), constant_values=begin_id)
-    return padded.astype(np.int32), (starts + extra).astype(np.int32)

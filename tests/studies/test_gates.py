@@ -12,12 +12,11 @@ from calm.errors import UsageError
 from calm.hybrid.backbone import HybridConfig
 from calm.hybrid.taps import tapped
 from calm.runs.stages import TokenLMRun
-from calm.studies import catalogue as studies
-from calm.studies import gates as probes
+from calm.studies import gates as module
 from calm.studies import path_ablation
-from calm.studies.gates import COLUMNS, ProbeStudy, draw_gates, gate_rows, gate_statistics
+from calm.studies.gates import COLUMNS, GateStudy, draw_gates, gate_rows, gate_statistics
 from calm.studies.runner import Cell
-from calm.studies.study import Request, Study
+from calm.studies.study import Request
 from calm.token.model import TokenLMConfig
 
 BACKBONE = HybridConfig(dim=16, num_layers=2, pattern="C,SHA", num_heads=2, num_kv_heads=2, inner_dim=16, num_segments=2)
@@ -72,22 +71,20 @@ def test_the_study_leaves_csv_and_pictures_of_gated_cells(tokens, tmp_path, monk
     made = {"SHA": model(pattern="SHA"), "A": model(pattern="A", num_segments=1)}
     runs = {name: TokenLMRun(model=TokenLMConfig(backbone=lm.backbone.config)) for name, lm in made.items()}
     listed = [Cell(name=name, run=run) for name, run in runs.items()]
-    monkeypatch.setattr(probes, "cells", lambda data, budget: listed)
-    monkeypatch.setattr(path_ablation, "cells", lambda data, budget: listed)
+    monkeypatch.setattr(module, "cells", lambda data, budget: listed)
     monkeypatch.setattr(path_ablation, "run_cells", lambda every, *rest, **options: [
         {"cell": cell.name, "seed": seed} for cell in every for seed in options["seeds"]
     ])  # fmt: skip
-    monkeypatch.setattr(probes, "probe", lambda folder, score: gate_statistics(made[folder.parent.name], tokens))
+    monkeypatch.setattr(module, "gates_of", lambda folder, score: gate_statistics(made[folder.parent.name], tokens))
     request = Request(name="probes", out=tmp_path, data="data", seeds=(0, 1))
-    found = ProbeStudy().run(request)
+    found = GateStudy().run(request)
     with open(tmp_path / "gates.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert tuple(rows[0]) == COLUMNS and len(rows) == 2 * 2 * 2 * 5 * 3 and {row["cell"] for row in rows} == {"SHA"}
     assert (tmp_path / "gates-SHA.png").read_bytes().startswith(b"\x89PNG") and not (tmp_path / "gates-A.png").exists()
     assert "SHA segment 2 layer 1" in found["summary"] and (tmp_path / "probes.md").is_file()
     with pytest.raises(UsageError, match="there is no cell 'A'; there are: SHA"):
-        ProbeStudy().run(dataclasses.replace(request, only=("A",)))
-    assert isinstance(ProbeStudy(), Study) and studies.get("probes") == ProbeStudy()
+        GateStudy().run(dataclasses.replace(request, only=("A",)))
 
 
 def test_a_picture_of_groups_that_differ(tokens, tmp_path):

@@ -1,8 +1,7 @@
-"""Training a critic: labelled text, as latents, and a small network that tells wanted from unwanted with calibrated odds.
+"""Training of a critic: a small calibrated classifier of trajectories of latents, from labelled lines of text.
 
-Texts are lines; a line is cut into trajectories of at most N chunks, at every phase of the chunk for training. They are split
-by line into what is trained on (8 tenths), what the temperature and the number of steps are chosen on (1) and what is reported
-on (1).
+A line is cut into trajectories of at most N chunks, for training at every phase of the chunk. Lines are split into 8 tenths
+for training, one for choosing the temperature and the number of steps, and one for the report.
 """
 
 import dataclasses
@@ -32,7 +31,7 @@ NOT_TEXT = {"readme", "license", "licence", "copying", "notice", "sources"}
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CriticTraining:
-    """How a critic is trained."""
+    """Settings of a critic's training."""
 
     width: int = 64
     chunks: int = 16
@@ -51,10 +50,10 @@ class CriticTraining:
 
 
 class Trajectories(NamedTuple):
-    """Labelled texts as latents; `length` chunks of each row count."""
+    """Labelled texts as latents, of which the first `length` of each row count."""
 
     posterior: Any
-    """of each chunk, `[R N Z]`"""
+    """posterior of each chunk, `[R N Z]`"""
     length: Int[np.ndarray, "R"]
     label: Float[np.ndarray, "R"]
     """1 = wanted"""
@@ -62,26 +61,26 @@ class Trajectories(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CriticReport:
-    """What a critic does on lines that were not trained on."""
+    """Scores of a critic on lines that were not trained on."""
 
     trajectories: tuple[int, int, int]
-    """trained on, chosen on, reported on"""
+    """numbers for training, choice and report"""
     accuracy: float
     majority: float
-    """accuracy of always saying what is more frequent"""
+    """accuracy of always answering the more frequent label"""
     log_loss: float
     """nats"""
     calibration_error: float
-    """expected calibration error over ten bins: the mean distance between said and found frequency"""
+    """expected calibration error over ten bins: mean distance between predicted and actual frequency"""
     calibration_error_raw: float
-    """the same before the temperature"""
+    """the same without the temperature"""
     temperature: float
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
     def line(self) -> str:
-        """In words."""
+        """The scores in a line."""
         return (
             f"held-out accuracy {self.accuracy:.3f} (always the same: {self.majority:.3f}), log loss {self.log_loss:.3f}, "
             f"calibration error {self.calibration_error:.3f} (without temperature {self.calibration_error_raw:.3f}), "
@@ -90,7 +89,7 @@ class CriticReport:
 
 
 def read_lines(path: str | Path, what: str) -> list[str]:
-    """The lines that are not blank, of a text file or of all files below a folder.
+    """Lines that are not blank, of a text file or of all files below a folder; `what` names the path in errors.
 
     Raises:
         UsageError: no such path, nothing in it, or not UTF-8.
@@ -119,8 +118,8 @@ def train_critic(
     tokenizer: Tokenizer,
     options: CriticTraining | None = None,
 ) -> tuple[TrainedCritic, CriticReport]:
-    """A critic of lines of text. Without `unwanted` lines, the wanted ones with their chunks in another order are unwanted: a
-    critic of what follows on what.
+    """Trains a critic of lines of text, and reports on held-out lines. Without `unwanted` lines, the wanted ones with their
+    chunks in another order are unwanted, for a critic of coherence.
 
     Raises:
         UsageError: too few lines.
@@ -130,7 +129,7 @@ def train_critic(
     parts: list[list[tuple[np.ndarray, float]]] = [[], [], []]
     for label, lines in ((1.0, wanted), (0.0, wanted if unwanted is None else unwanted)):
         ids = tokenizer.encode_batch(list(lines))
-        order = np.random.default_rng(options.seed).permutation(len(ids))  # a line and its shuffled self: in the same part
+        order = np.random.default_rng(options.seed).permutation(len(ids))  # a line and its shuffled form are in the same part
         for place, line in enumerate(order):
             part = 0 if place < 0.8 * len(ids) else 1 if place < 0.9 * len(ids) else 2
             for row in trajectories(ids[line], size, options.chunks, every_phase=part == 0):
@@ -153,7 +152,7 @@ def train_critic(
 
 
 def trajectories(ids: Int[np.ndarray, "T"], size: int, most: int, *, every_phase: bool) -> list[Int[np.ndarray, "N K"]]:
-    """The whole chunks of a line, in runs of at most `most`; once, or once for each phase."""
+    """Whole chunks of a line in runs of at most `most`, for one phase of the chunk boundaries or for every one."""
     rows = []
     for phase in range(size if every_phase else 1):
         chunks = ids[phase : phase + (len(ids) - phase) // size * size].reshape(-1, size)
@@ -162,7 +161,7 @@ def trajectories(ids: Int[np.ndarray, "T"], size: int, most: int, *, every_phase
 
 
 def other_order(chunks: Int[np.ndarray, "N K"], generator: np.random.Generator) -> Int[np.ndarray, "N K"]:
-    """The same chunks in an order that is not theirs."""
+    """The chunks in a random order other than their own."""
     order = generator.permutation(len(chunks))
     return chunks[order if (order != np.arange(len(chunks))).any() else np.roll(order, 1)]
 
@@ -192,7 +191,7 @@ def _posterior(graphdef: Any, params: Any, chunks: Int[Array, "R N K"]) -> Any:
 
 
 def _fit(train: Trajectories, chosen: Trajectories, options: CriticTraining) -> TrainedCritic:
-    """AdamW on draws of the posteriors; of ten times along the way, the one that is best on `chosen`."""
+    """Trains by AdamW on draws of the posteriors and returns the best of ten checkpoints on `chosen`."""
     means = np.asarray(train.posterior.mean)
     latents = means[np.arange(means.shape[1]) < train.length[:, None]]
     critic = _start(jax.random.key(options.seed), latents.mean(0), latents.std(0) + 1e-3, options.width)
@@ -249,7 +248,7 @@ def _mean_logits(critic: TrainedCritic, latents: Array, length: Array) -> Float[
 
 
 def _logits(critic: TrainedCritic, data: Trajectories) -> Float[np.ndarray, "R"]:
-    """Of posterior means."""
+    """Logits of posterior means."""
     return np.asarray(_mean_logits(critic, jnp.asarray(data.posterior.mean), jnp.asarray(data.length)), np.float64)
 
 
@@ -261,13 +260,13 @@ def _log_loss(logits: Float[np.ndarray, "R"], label: Float[np.ndarray, "R"]) -> 
 
 
 def _temperature(logits: Float[np.ndarray, "R"], label: Float[np.ndarray, "R"]) -> float:
-    """The temperature of the least log loss, between 1/20 and 20."""
+    """Temperature of the least log loss, between 1/20 and 20."""
     candidates = np.exp(np.linspace(-np.log(20), np.log(20), 241))
     return float(min(candidates, key=lambda value: _log_loss(logits / value, label)))
 
 
 def calibration_error(odds: Float[np.ndarray, "R"], label: Float[np.ndarray, "R"], bins: int = 10) -> float:
-    """Expected calibration error of what is said of the wanted class, over bins of equal width."""
+    """Expected calibration error of the odds of the wanted class, over bins of equal width."""
     place = np.minimum((odds * bins).astype(int), bins - 1)
     gaps = [abs(odds[place == b].sum() - label[place == b].sum()) for b in range(bins)]
     return float(sum(gaps) / len(label))
