@@ -91,11 +91,11 @@ def test_sizes_that_come_from_the_autoencoder_are_needed_to_build(name):
 SCRIPT = """
 import jax, jax.numpy as jnp, numpy as np
 from flax import nnx
-from calm.autoencoder import AutoencoderConfig
-from calm.heads import EnergyHeadConfig
-from calm.losses import energy_loss
-from calm.models import LatentLMConfig
-from calm.nn import TransformerConfig
+from calm.core.autoencoder import AutoencoderConfig
+from calm.core.energy_head import EnergyHeadConfig
+from calm.core.energy_score import energy_loss
+from calm.core.latent_lm import LatentLMConfig
+from calm.core.transformer import TransformerConfig
 
 sizes = dict(vocab_size=13, chunk_size=2, latent_dim=5)
 backbone = TransformerConfig(dim=8, num_layers=2, num_heads=2, num_kv_heads=1, inner_dim=12)

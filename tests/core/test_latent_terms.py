@@ -136,10 +136,10 @@ def test_a_term_adds_its_flops():
 @pytest.mark.parametrize(
     ("writer", "terms", "message"),
     [
-        (WRITER, {}, "likelihood_weight must be above 0: nothing else trains the context decoder"),
+        (WRITER, {}, "likelihood must have a weight above 0: nothing else trains the context decoder"),
         (None, dict(energy_weight=0.0, auxiliary_weight=1.0), "no term trains the head"),
-        (None, dict(anchor_weight=-1.0), "anchor_weight must not be negative"),
-        (None, dict(likelihood_weight=1.0, likelihood_samples=5), "likelihood_samples must lie in 1..num_samples=4"),
+        (None, dict(anchor_weight=-1.0), "anchor.weight must not be negative"),
+        (None, dict(likelihood_weight=1.0, likelihood_samples=5), "likelihood.num_samples must lie in 1..num_samples=4"),
     ],
 )
 def test_terms_that_cannot_train_are_refused(writer, terms, message):

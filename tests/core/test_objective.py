@@ -57,7 +57,7 @@ def test_token_dropout_writes_the_mask_id_and_spares_the_targets(monkeypatch: py
     seen = []
     encode = type(objective.module(objective.init(jax.random.key(0)))).encode
     monkeypatch.setattr(
-        "calm.autoencoder.Autoencoder.encode", lambda self, chunks: (seen.append(chunks), encode(self, chunks))[1]
+        "calm.core.autoencoder.Autoencoder.encode", lambda self, chunks: (seen.append(chunks), encode(self, chunks))[1]
     )
     objective.loss(objective.init(jax.random.key(0)), {}, TOKENS, jax.random.key(1))
     fed, original = np.asarray(seen[0]), np.asarray(TOKENS.reshape(-1, 2))
@@ -71,7 +71,7 @@ def test_random_chunks_are_whole_chunks(monkeypatch: pytest.MonkeyPatch):
     seen = []
     encode = type(objective.module(objective.init(jax.random.key(0)))).encode
     monkeypatch.setattr(
-        "calm.autoencoder.Autoencoder.encode", lambda self, chunks: (seen.append(chunks), encode(self, chunks))[1]
+        "calm.core.autoencoder.Autoencoder.encode", lambda self, chunks: (seen.append(chunks), encode(self, chunks))[1]
     )
     tokens = jnp.full((4, 512), 7, jnp.int32)
     objective.loss(objective.init(jax.random.key(0)), {}, tokens, jax.random.key(1))
@@ -104,7 +104,7 @@ def test_the_auxiliary_term_teaches_the_backbone_and_not_the_autoencoder():
 
 
 def test_sizes_that_do_not_fit_are_refused():
-    with pytest.raises(UsageError, match="vocab_size=25 of the LM does not match the autoencoder's 24"):
+    with pytest.raises(UsageError, match="the language model has vocab_size=25 and the autoencoder 24"):
         import dataclasses
 
         LatentObjective(dataclasses.replace(LM, vocab_size=25), LatentLossConfig(), SMALL.build(rngs=nnx.Rngs(0)), context=8)

@@ -64,7 +64,7 @@ def test_the_past_does_not_see_the_future_and_generation_reads_what_training_rea
 
 @pytest.mark.parametrize("stem", ["continuous", "both"])
 def test_it_trains_every_weight_and_generates(stem, autoencoder):
-    objective = LatentObjective(config(stem), loss_of(energy_weight=0.0), autoencoder, context=6)
+    objective = LatentObjective(config(stem), loss_of(head="mixture", energy_weight=0.0), autoencoder, context=6)
     lm = random_model(config(stem))
     params = {"lm": nnx.state(lm)}
     tokens = jnp.asarray(CHUNKS.reshape(2, -1))

@@ -18,7 +18,7 @@ class Quickstart:
     separator: str | None = None
     """What stands between the documents of a .txt file."""
     preset: str = "quickstart"
-    """One of calm.presets; the default takes five minutes on two cores."""
+    """One of calm.runs.presets; the default takes five minutes on two cores."""
     split: str = "valid"
     """The split that is scored."""
     max_tokens: int = 128 * 1024

@@ -5,7 +5,7 @@
 Its minimum over distributions is the true one (Gneiting and Raftery 2007). The first term is the fidelity, the second the
 diversity. Source: CALM, arXiv:2510.27688; its N model samples are our S, and its code calls alpha beta.
 
-The target is a known law (`calm.posterior`), so the fidelity has three equal formulations (`Fidelity`):
+The target is a known law (`calm.core.posterior`), so the fidelity has three equal formulations (`Fidelity`):
 
     draws         M draws per position, all differences formed: the definition, and the published code. S*M*Z work per position.
     shared_draws  the same M standard normals at every position. |x - y|^2 expands into products of matrices, so the

@@ -5,7 +5,7 @@ model's. Above a threshold the token model writes. As a regression of the differ
 learning to defer to a second model: Madras et al. 2018, arXiv:1711.06664.
 
 Both models are scored after the true text before the chunk: in nats, CALM by the likelihood of the chunk averaged over S
-latents (a bound, `calm.evaluate.nll_bound`), the token model exactly; and by Brier-1..4 of the tokens that follow
+latents (a bound, `calm.evaluate.likelihood`), the token model exactly; and by Brier-1..4 of the tokens that follow
 (`calm.evaluate.brier`). A routed model has, at each chunk, the score of the model chosen, so the scores at every threshold
 follow from one pass of both models, without new samples.
 """

@@ -2,7 +2,7 @@
 shorter than four tokens, and score.
 
 One pass of the backbone reads the text; the S samples of every boundary then continue as branches that share its keys
-(`calm.core.backbone.Backbone.fork`). A model that has probabilities of tokens is scored through
+(`calm.core.transformer.Backbone.fork`). A model that has probabilities of tokens is scored through
 them; a latent that is drawn through the decoder's softmax by exact inner products; all else by counting equal samples.
 """
 

@@ -147,7 +147,7 @@ class Bundle:
             save_state: writes what the prompts left to this file, before they are continued (`calm.runs.saved_state`), with
                 room for the rest of the context; rewindable: in such a way that recurrences can be taken back too.
         Returns:
-            texts, tokens (counts), ended, fallback_share and draws (see `calm.sampling.Generated`), decoding.
+            texts, tokens (counts), ended, fallback_share and draws (see `calm.core.generate.Generated`), decoding.
         Raises:
             UsageError: options out of range, or that do not go together.
             OutOfDraws: the exact sampler accepted no chunk within its budget.

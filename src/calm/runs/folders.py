@@ -189,10 +189,10 @@ vector, which a frozen autoencoder decodes to {chunk_size} tokens at once.
 ## Use
 
 ```python
-from calm.interop.export import load_exported_autoencoder, load_exported_latent_lm
+import calm
 
-lm = load_exported_latent_lm(folder)
-autoencoder = load_exported_autoencoder(folder)
+model = calm.load(folder)
+print(model.generate("The history of", max_tokens=64)["texts"][0])
 ```
 {results}{command}"""
 
@@ -214,9 +214,10 @@ _TOKEN_CARD = """---
 ## Use
 
 ```python
-from calm.interop.export import load_exported_token_lm
+import calm
 
-lm = load_exported_token_lm(folder)
+model = calm.load(folder)
+print(model.generate("The history of", max_tokens=64)["texts"][0])
 ```
 {results}{command}"""
 

@@ -112,7 +112,7 @@ def resume(
     decoding: str = "argmax",
     banned: Sequence[int] = (),
 ) -> Generator[Int[np.ndarray, "B K"], None, Generated]:
-    """`calm.sampling.stream` from behind what was read: the same tokens for the same keys.
+    """`calm.core.generate.stream` from behind what was read: the same tokens for the same keys.
 
     Raises UsageError if the state has less room than `max_tokens`.
     """

@@ -139,7 +139,7 @@ LANGUAGE_MODEL_COLUMNS: dict[str, Column] = {
 
 
 def _written(temperature: str, measure: str, factor: float = 1.0) -> Column:
-    """A column for the cells' continuations: a measure of `calm.evaluate.quality_report.Writing`."""
+    """A column for the cells' continuations: a measure of `calm.evaluate.writing.Writing`."""
 
     def of(result: Mapping[str, Any]) -> float | None:
         own = next(iter(result.get(f"writing {temperature}", {}).values()), {})  # the model's own texts come first

@@ -28,7 +28,7 @@ class SoftmaxSampler:
     """Draws the next token from softmax(logits / T), cut by filters in this order, each on what the one before it left.
 
     Tokens as probable as the last one that a filter keeps are kept as well. For chunks, whose probabilities nobody knows,
-    `calm.sampling.Filters` estimates the same filters from counts.
+    `calm.core.counts.Filters` estimates the same filters from counts.
     """
 
     temperature: float = 1.0
@@ -84,7 +84,7 @@ def softmax_sampler(
     top_p: float | None = None,
     min_p: float | None = None,
 ) -> SoftmaxSampler:
-    """The sampler that some options ask for: temperatures as in `calm.sampling.from_temperature`, none = no filter."""
+    """The sampler that some options ask for: temperatures as in `calm.core.choose.from_temperature`, none = no filter."""
     return SoftmaxSampler(
         temperature=float(exact_temperature(temperature)), top_k=top_k or 0, top_p=top_p or 1.0, min_p=min_p or 0.0
     )
