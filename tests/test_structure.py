@@ -20,7 +20,6 @@ ROOMS = (
 # fmt: on
 # Imports against the direction that the registry of configurations will remove.
 PENDING = {
-    ("evaluate/brier.py", "token"),
     ("runs/bundle.py", "interop"),
     ("runs/folders.py", "interop"),
     ("runs/init_from.py", "interop"),

@@ -20,7 +20,7 @@ from calm.rng import row_keys, stream
 from calm.text.chunking import NOTHING, chunk_prompt
 from calm.token.model import TokenLM, TokenLMConfig
 from calm.token.sampler import SoftmaxSampler
-from calm.token.softmax_head import draw_places
+from calm.core.vocabulary import draw_places
 from known_law import chi_square
 from random_models import random_model
 from small_pairs import BACKBONE, MASK, SPECIAL, K, V, choose, logits_behind, models

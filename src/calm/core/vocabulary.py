@@ -4,7 +4,7 @@ V vocabulary · D width of states and table · R rows
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -55,7 +55,7 @@ def best_token(
         within = jnp.take_along_axis(groups, winner[:, None, None], axis=1)[:, 0]
         return scoring.ids[winner * ARGMAX_GROUP + jnp.argmax(within, axis=-1)]
 
-    return by_blocks(block, states.reshape(-1, states.shape[-1])).reshape(states.shape[:-1])
+    return by_row_blocks(block, states.reshape(-1, states.shape[-1])).reshape(states.shape[:-1])
 
 
 def draw_token(
@@ -85,17 +85,40 @@ def draw_token(
         within = jnp.take_along_axis(groups, group[:, None, None], axis=1)[:, 0]
         return scoring.ids[group * ARGMAX_GROUP + invert(within, uniforms[:, 1])]
 
-    return by_blocks(block, states.reshape(-1, states.shape[-1]), uniforms.reshape(-1, 2)).reshape(states.shape[:-1])
+    return by_row_blocks(block, states.reshape(-1, states.shape[-1]), uniforms.reshape(-1, 2)).reshape(states.shape[:-1])
 
 
-def by_blocks(function: Callable[..., Array], *rows: Array) -> Array:
-    """`function(*rows)`, for so many rows at a time that their logits stay in cache."""
-    num_rows = rows[0].shape[0]
-    if num_rows <= ARGMAX_ROWS:
+def draw_places(uniforms: Float[Array, "R S 2"], weights: Float[Array, "R X"]) -> Int[Array, "R S"]:
+    """S places of every row, each drawn with probability weight / sum of weights; the weights need not add up to 1.
+
+    The first number picks a group of places and the second the place within it, so that float32 resolves places of probability
+    far below 2^-24.
+    """
+    padding = -weights.shape[1] % ARGMAX_GROUP
+    groups = jnp.pad(weights, ((0, 0), (0, padding))).reshape(weights.shape[0], -1, ARGMAX_GROUP)
+    group = _invert(groups.sum(-1)[:, None], uniforms[..., 0])
+    within = jnp.take_along_axis(groups, group[:, :, None], axis=1)
+    return group * ARGMAX_GROUP + _invert(within, uniforms[..., 1])
+
+
+def _invert(weights: Float[Array, "R #S X"], uniforms: Float[Array, "R S"]) -> Int[Array, "R S"]:
+    """The first place at which the running sum of the weights exceeds uniform * total."""
+    total = jnp.cumsum(weights, axis=-1)
+    above = (total > (uniforms * total[..., -1])[..., None]) & (weights > 0)
+    # Rounding may leave no place above the target; then, and only then, the heaviest place stands in.
+    return jnp.where(above.any(-1), jnp.argmax(above, axis=-1), jnp.argmax(weights, axis=-1))
+
+
+def by_row_blocks(function: Callable[..., Any], *rows: Array) -> Any:
+    """`function(*rows)`, an array or a tuple of them, for so many rows at a time that their logits stay in cache."""
+    count = rows[0].shape[0]
+    if count <= ARGMAX_ROWS:
         return function(*rows)
-    blocks = -(-num_rows // ARGMAX_ROWS)
+    blocks = -(-count // ARGMAX_ROWS)
 
     def split(x: Array) -> Array:
-        return jnp.pad(x, ((0, blocks * ARGMAX_ROWS - num_rows), (0, 0))).reshape(blocks, ARGMAX_ROWS, -1)
+        padded = jnp.pad(x, ((0, blocks * ARGMAX_ROWS - count), *(((0, 0),) * (x.ndim - 1))))
+        return padded.reshape(blocks, ARGMAX_ROWS, *x.shape[1:])
 
-    return jax.lax.map(lambda block: function(*block), tuple(map(split, rows))).reshape(-1)[:num_rows]
+    results = jax.lax.map(lambda block: function(*block), tuple(map(split, rows)))
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:count], results)

@@ -20,6 +20,7 @@ from calm.core.predictor import Predictor
 from calm.core.sampler import PlainSampler, Sampler
 from calm.core.steps import Model, ModelSource, step_keys
 from calm.core.transformer import BackboneState
+from calm.core.vocabulary import draw_places
 from calm.dual.drafting import checked_models, combined, lay_out
 from calm.dual.router import Router
 from calm.dual.speculation import (
@@ -35,7 +36,6 @@ from calm.dual.speculation import (
 )
 from calm.errors import UsageError
 from calm.token.sampler import SoftmaxSampler
-from calm.token.softmax_head import draw_places
 
 
 class Routed(NamedTuple):

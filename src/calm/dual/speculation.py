@@ -20,13 +20,13 @@ from calm.core.predictor import NextVector
 from calm.core.steps import Model, Weights, step_keys
 from calm.core.transformer import BackboneState
 from calm.core.unrolled import unstack
+from calm.core.vocabulary import draw_places
 from calm.decoders.recall import Memory
 from calm.errors import UsageError
 from calm.rng import PRNGKey, stream
 from calm.text.chunking import NOTHING
 from calm.token.model import TokenLM
 from calm.token.sampler import SoftmaxSampler
-from calm.token.softmax_head import draw_places
 
 RULES, BOUNDARIES = ("accept", "match"), ("kept", "moved")
 

@@ -20,12 +20,12 @@ from calm.core.brier_lm import Protocol as BrierProtocol
 from calm.core.chunk_decoder import DECODINGS, recent_tokens
 from calm.core.energy_score import energy_loss
 from calm.core.predictor import NextVector, Predictor
+from calm.core.vocabulary import by_row_blocks, draw_places
 from calm.errors import UsageError
 from calm.evaluate.blocks import checked, run_blocks, sums_of
 from calm.evaluate.boundaries import Phase, phases_of, targets_at
 from calm.evaluate.scores import BrierReport
 from calm.rng import PRNGKey, stream
-from calm.token.softmax_head import by_row_blocks, draw_places
 
 
 @runtime_checkable

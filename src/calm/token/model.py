@@ -146,7 +146,7 @@ class TokenLM(nnx.Module):
         return self.backbone.init_state(batch, context, starts, rewindable=rewindable)
 
     def fork(self, state: BackboneState, ends: Int[Array, "A"], num_branches: int, capacity: int) -> BackboneState:
-        """Branches of a rewindable state, from behind its first `ends[a]` tokens each (`calm.core.transformer.Backbone.fork`)."""
+        """Branches of a rewindable state, each from after its first `ends[a]` tokens (`Backbone.fork`)."""
         return self.backbone.fork(state, ends, num_branches, capacity)
 
     def rewind(self, state: BackboneState, position: int | Int[Array, ""]) -> BackboneState:

@@ -10,8 +10,8 @@ from jaxtyping import Array, Bool, Float
 
 from calm.core.sampler import Choice, Source, StepKeys
 from calm.core.temperature import exact_temperature
+from calm.core.vocabulary import draw_places
 from calm.errors import UsageError
-from calm.token.softmax_head import draw_places
 
 
 @runtime_checkable

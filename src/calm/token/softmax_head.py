@@ -1,15 +1,12 @@
 """The softmax head: hidden state to a distribution over the vocabulary, which can be drawn from and scored exactly."""
 
-from collections.abc import Callable
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from calm.core.dense import Dense, Precision, dense_flops, operand, product
-from calm.core.vocabulary import ARGMAX_GROUP, ARGMAX_ROWS, ScoringTable
+from calm.core.vocabulary import ScoringTable, by_row_blocks, draw_places
 
 
 class SoftmaxHead(nnx.Module):
@@ -62,27 +59,6 @@ def draw_tokens(
     return drawn.T.reshape(uniforms.shape[:-1])
 
 
-def draw_places(uniforms: Float[Array, "R S 2"], weights: Float[Array, "R X"]) -> Int[Array, "R S"]:
-    """S places of every row, each drawn with probability weight / sum of weights; the weights need not add up to 1.
-
-    The first number picks a group of places and the second the place within it, so that float32 resolves places of probability
-    far below 2^-24.
-    """
-    padding = -weights.shape[1] % ARGMAX_GROUP
-    groups = jnp.pad(weights, ((0, 0), (0, padding))).reshape(weights.shape[0], -1, ARGMAX_GROUP)
-    group = _invert(groups.sum(-1)[:, None], uniforms[..., 0])
-    within = jnp.take_along_axis(groups, group[:, :, None], axis=1)
-    return group * ARGMAX_GROUP + _invert(within, uniforms[..., 1])
-
-
-def _invert(weights: Float[Array, "R #S X"], uniforms: Float[Array, "R S"]) -> Int[Array, "R S"]:
-    """The first place at which the running sum of the weights exceeds uniform * total."""
-    total = jnp.cumsum(weights, axis=-1)
-    above = (total > (uniforms * total[..., -1])[..., None]) & (weights > 0)
-    # Rounding may leave no place above the target; then, and only then, the heaviest place stands in.
-    return jnp.where(above.any(-1), jnp.argmax(above, axis=-1), jnp.argmax(weights, axis=-1))
-
-
 def nats_and_match(
     states: Float[Array, "*b W"], table: Float[Array, "V W"], targets: Int[Array, "*b"], precision: Precision
 ) -> tuple[Float[Array, "*b"], Float[Array, "*b"]]:
@@ -100,18 +76,3 @@ def nats_and_match(
 
     both = by_row_blocks(block, states.reshape(-1, states.shape[-1]), targets.reshape(-1))
     return both[:, 0].reshape(targets.shape), both[:, 1].reshape(targets.shape)
-
-
-def by_row_blocks(function: Callable[..., Any], *rows: Array) -> Any:
-    """`function(*rows)`, an array or a tuple of them, for so many rows at a time that their logits stay in cache."""
-    count = rows[0].shape[0]
-    if count <= ARGMAX_ROWS:
-        return function(*rows)
-    blocks = -(-count // ARGMAX_ROWS)
-
-    def split(x: Array) -> Array:
-        padded = jnp.pad(x, ((0, blocks * ARGMAX_ROWS - count), *(((0, 0),) * (x.ndim - 1))))
-        return padded.reshape(blocks, ARGMAX_ROWS, *x.shape[1:])
-
-    results = jax.lax.map(lambda block: function(*block), tuple(map(split, rows)))
-    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:count], results)

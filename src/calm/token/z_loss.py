@@ -31,7 +31,7 @@ def fused_z_cross_entropy(
     precision: Precision = "float32",
 ) -> tuple[Float[Array, ""], Float[Array, ""], Float[Array, ""]]:
     """(cross-entropy + z_weight * log^2 Z, cross-entropy, log^2 Z), each a sum over rows with these weights, in one pass over
-    the logits. As `calm.core.cross_entropy.fused_cross_entropy`; only the first of the three has a gradient, the others are to be logged.
+    the logits, as `fused_cross_entropy` does. Only the first of the three has a gradient; the others are to be logged.
     """
     return _forward(hidden, table, targets, weights, z_weight, precision)[0]
 

@@ -1,6 +1,6 @@
 """Latent futures: continuations of a prompt by a next-vector model, as latents that gradients can pass through.
 
-S futures of N chunks start from the prompt's state (`calm.core.transformer.Backbone.fork`: one trunk, S branches). At every step
+S futures of N chunks start from the prompt's state (`Backbone.fork`: one trunk, S branches). At every step
 a branch reads its last chunk, the head maps hidden state and noise to a latent, and the decoder writes the latent's chunk,
 which is read next. Tokens between steps are not differentiable; `Feedback` sets what replaces their gradient:
 
