@@ -13,6 +13,7 @@ from calm.core.generate import SpecialIds, generate
 from calm.core.predictor import NextVector
 from calm.core.steps import Model, prepare
 from calm.core.transformer import TransformerConfig
+from calm.core.vocabulary import draw_places
 from calm.dual.drafting import Work, draft, drafting_cost, token_model_cost
 from calm.dual.speculation import Drafting, Proposer, Speculation, draw_uniforms
 from calm.errors import UsageError
@@ -20,7 +21,6 @@ from calm.rng import row_keys, stream
 from calm.text.chunking import NOTHING, chunk_prompt
 from calm.token.model import TokenLM, TokenLMConfig
 from calm.token.sampler import SoftmaxSampler
-from calm.core.vocabulary import draw_places
 from known_law import chi_square
 from random_models import random_model
 from small_pairs import BACKBONE, MASK, SPECIAL, K, V, choose, logits_behind, models
