@@ -23,7 +23,7 @@ def letters() -> None:
     import jax
     from flax import nnx
 
-    from calm.nn import BackboneConfig
+    from calm.core.backbone import BackboneConfig
 
     config = BackboneConfig(dim=256, num_layers=1)
     print(f"context {CONTEXT}\n")
@@ -48,7 +48,7 @@ def gradients(seed: int) -> None:
     import jax.numpy as jnp
     from flax import nnx
 
-    from calm.nn import BackboneConfig
+    from calm.core.backbone import BackboneConfig
 
     config = BackboneConfig(dim=64, num_layers=4, num_heads=4, inner_dim=172, pattern="SHA", num_segments=2)
     keys = jax.random.split(jax.random.key(seed), 4)

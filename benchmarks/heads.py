@@ -17,8 +17,11 @@ import numpy as np
 import optax
 from flax import nnx
 
-from calm.heads import DiffusionHeadConfig, FlowHeadConfig, HeadConfig, MixtureHeadConfig
-from calm.posterior import Gaussian
+from calm.core.posterior import Gaussian
+from calm.heads import HeadConfig
+from calm.heads.diffusion import DiffusionHeadConfig
+from calm.heads.flow import FlowHeadConfig
+from calm.heads.mixture import MixtureHeadConfig
 
 HEADS: dict[str, HeadConfig] = {
     "flow, 10 midpoint steps": FlowHeadConfig(),

@@ -17,14 +17,14 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from calm.autoencoder.decoder import best_token
-from calm.heads.energy import over_samples
-from calm.losses import energy_loss, fused_cross_entropy, plain_cross_entropy
-from calm.losses.energy_score import diversity, plain_energy_loss
-from calm.nn.dense import product, product_with_transpose, weight_gradient
-from calm.nn.mlp import ResidualSwiGLU
-from calm.nn.stack import Stack
-from calm.posterior import Gaussian
+from calm.core.cross_entropy import fused_cross_entropy, plain_cross_entropy
+from calm.core.decoder import best_token
+from calm.core.dense import product, product_with_transpose, weight_gradient
+from calm.core.energy_head import over_samples
+from calm.core.energy_score import diversity, energy_loss, plain_energy_loss
+from calm.core.mlp import ResidualSwiGLU
+from calm.core.posterior import Gaussian
+from calm.core.stack import Stack
 
 S, M, ROWS, Z, D, VOCABULARY = 8, 100, 1020, 64, 256, 8192
 Case = tuple[Callable[..., Any], Callable[..., Any], tuple[Any, ...]]

@@ -39,7 +39,7 @@ def built(pattern: str) -> tuple[Any, Any]:
     """The configuration and a new model of it."""
     from flax import nnx
 
-    from calm.nn import BackboneConfig
+    from calm.core.backbone import BackboneConfig
 
     config = BackboneConfig(dim=64, num_layers=2, num_heads=4, num_kv_heads=4, inner_dim=172, pattern=pattern)
     return config, nnx.jit(lambda: config.build(rngs=nnx.Rngs(0)))()
@@ -51,7 +51,7 @@ def measure(pattern: str, context: int, steps: int) -> tuple[float, int]:
     import jax.numpy as jnp
     from flax import nnx
 
-    from calm.nn.unrolled import unrolled, unstack
+    from calm.core.unrolled import unrolled, unstack
 
     config, stacked = built(pattern)
     state = stacked.init_state(1, context)
@@ -77,7 +77,7 @@ def draw(contexts: list[int], found: dict[str, list[tuple[float, int]]], path: P
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    from calm.report.plots import COLOURS
+    from calm.evaluate.plots import COLOURS
 
     figure = Figure(figsize=(9, 3.4), layout="constrained", dpi=144)
     FigureCanvasAgg(figure)

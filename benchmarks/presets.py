@@ -40,9 +40,9 @@ def objective_of(name: str, token: bool, precision: Any) -> tuple[Any, Any]:
     """What a preset's language model is trained by, and the run's training settings."""
     from flax import nnx
 
-    from calm import presets
-    from calm.train.objective import LatentObjective
-    from calm.train.token_objective import TokenObjective
+    from calm.core.objective import LatentObjective
+    from calm.runs import presets
+    from calm.token.objective import TokenObjective
 
     preset = presets.get(name)
     size, run = vocabulary(preset.tokenizer), preset.token_lm if token else preset.lm
@@ -109,7 +109,7 @@ def each(options: argparse.Namespace) -> None:
 def one(options: argparse.Namespace) -> None:
     """Measures and prints."""
 
-    from calm.train.machine import choose_precision, probe
+    from calm.train.matrix_rate import choose_precision, probe
 
     rates = probe(seconds=4.0)
     precision = choose_precision("auto", rates)

@@ -24,7 +24,7 @@ SIZES = (10, 50, 200)
 
 def bias() -> list[dict[str, Any]]:
     """Total variation and share of fallbacks for each temperature and number of candidates."""
-    from calm.sampling.laws import batch_law, target, total_variation
+    from calm.core.laws import batch_law, target, total_variation
 
     rows = []
     for temperature in TEMPERATURES:
@@ -39,7 +39,7 @@ def bias() -> list[dict[str, Any]]:
 
 def costs() -> list[dict[str, Any]]:
     """Average draws of the exact sampler on three laws."""
-    from calm.sampling.laws import expected_draws
+    from calm.core.laws import expected_draws
 
     zipf = {size: 1 / np.arange(1, size + 1) for size in (100, 100_000)}
     laws = {"(.4 .3 .2 .1)": LAW} | {f"Zipf, {size} chunks": law / law.sum() for size, law in zipf.items()}
@@ -56,16 +56,19 @@ def times(rows: int, candidates: int) -> list[dict[str, Any]]:
     import jax.numpy as jnp
     from flax import nnx
 
-    from calm.autoencoder import AutoencoderConfig
-    from calm.autoencoder.decoder import ScoringTable
-    from calm.heads import EnergyHeadConfig
-    from calm.models import LatentLMConfig, NextVector
-    from calm.nn import BackboneConfig
-    from calm.sampling import BatchTemperature, BestOfN, ExactTemperature, Filters
-    from calm.sampling.sampler import StepKeys
-    from calm.sampling.steps import ModelSource
+    from calm.core.autoencoder import AutoencoderConfig
+    from calm.core.backbone import BackboneConfig
+    from calm.core.counts import BestOfN, Filters
+    from calm.core.decoder import ScoringTable
+    from calm.core.energy_head import EnergyHeadConfig
+    from calm.core.exact import ExactTemperature
+    from calm.core.latent_lm import LatentLMConfig
+    from calm.core.predictor import NextVector
+    from calm.core.sampler import StepKeys
+    from calm.core.steps import ModelSource
+    from calm.core.temperature import BatchTemperature
     from calm.text.chunking import NOTHING
-    from calm.train.machine import choose_precision
+    from calm.train.matrix_rate import choose_precision
 
     precision = choose_precision("auto")
     codec = AutoencoderConfig(vocab_size=8192, chunk_size=4, latent_dim=64, dim=128, inner_dim=320)
@@ -95,7 +98,7 @@ def times(rows: int, candidates: int) -> list[dict[str, Any]]:
             return self.chunks[:num_draws]
 
         def repeats(self, chunks: Any, length: int) -> Any:
-            from calm.sampling.repetition import repeats
+            from calm.core.repetition import repeats
 
             return repeats(history, chunks, length)
 

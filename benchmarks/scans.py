@@ -15,11 +15,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from calm.nn import BackboneConfig
-from calm.nn.dense import product
-from calm.nn.mixer import Window
-from calm.nn.scans import linear_scan, plain_selective_scan, selective_scan
-from calm.nn.ssm import SSMConfig
+from calm.core.backbone import BackboneConfig
+from calm.core.dense import product
+from calm.core.mixer import Window
+from calm.hybrid.scans import linear_scan, plain_selective_scan, selective_scan
+from calm.hybrid.state_space import SSMConfig
 
 B, N, D, HEADS = 4, 512, 256, 8
 

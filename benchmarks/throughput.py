@@ -63,10 +63,10 @@ class Workload:
     def __init__(self, size: Size, precision: Any):
         from flax import nnx
 
-        from calm.autoencoder import AutoencoderConfig
-        from calm.heads import EnergyHeadConfig
-        from calm.models import LatentLMConfig
-        from calm.nn import BackboneConfig
+        from calm.core.autoencoder import AutoencoderConfig
+        from calm.core.backbone import BackboneConfig
+        from calm.core.energy_head import EnergyHeadConfig
+        from calm.core.latent_lm import LatentLMConfig
 
         heads = size.dim // 64
         self.size, self.precision = size, precision
@@ -124,14 +124,14 @@ class Workload:
         return call, rows * BLOCK, objective.flops_per_token()
 
     def _autoencoder_step(self) -> tuple[Callable[[], Any], int, float]:
-        from calm.train.objective import AutoencoderLossConfig, AutoencoderObjective
+        from calm.core.objective import AutoencoderLossConfig, AutoencoderObjective
 
         loss = AutoencoderLossConfig(random_chunks=0.0)
         objective = AutoencoderObjective(self.autoencoder_config, loss, mask_id=2, precision=self.precision)
         return self._step(objective, 4)
 
     def _lm_step(self, *, auxiliary: bool, draws: bool) -> tuple[Callable[[], Any], int, float]:
-        from calm.train.objective import LatentLossConfig, LatentObjective
+        from calm.core.objective import LatentLossConfig, LatentObjective
 
         loss = LatentLossConfig(
             num_samples=8,
@@ -151,8 +151,8 @@ class Workload:
         import jax
         import numpy as np
 
-        from calm.models import NextVector
-        from calm.train.brier import evaluate_predictor
+        from calm.core.predictor import NextVector
+        from calm.evaluate.brier import evaluate_predictor
 
         blocks, predictor, samples = self._tokens(16), NextVector(self.autoencoder, self._lm()), 8
         flops = (self.lm_config.flops(self.context, samples) + samples * self.decode_flops) / self.chunk_size
@@ -165,9 +165,11 @@ class Workload:
     def _generate(self, temperature: str, batch: int) -> tuple[Callable[[], Any], int, float]:
         import jax
 
-        from calm.models import NextVector
+        from calm.core import generate
+        from calm.core.choose import from_temperature
+        from calm.core.generate import SpecialIds
+        from calm.core.predictor import NextVector
         from calm.rng import row_keys
-        from calm.sampling import SpecialIds, from_temperature, generate
 
         predictor, sampler = NextVector(self.autoencoder, self._lm()), from_temperature(temperature, CANDIDATES)
         prompts = list(self._tokens(batch)[:, :64])
@@ -207,7 +209,7 @@ def measure(row: str, size: str, seconds: float, precision: str) -> dict[str, An
 
 def machine() -> dict[str, Any]:
     """The best rates of this machine, and the precision that training would choose."""
-    from calm.train.machine import choose_precision, probe
+    from calm.train.matrix_rate import choose_precision, probe
 
     rates = probe(seconds=4.0)
     return {"float32": rates.float32, "bfloat16": rates.bfloat16, "precision": choose_precision("auto", rates)}

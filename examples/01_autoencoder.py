@@ -10,8 +10,8 @@ import dataclasses
 from pathlib import Path
 
 import calm
-from calm import presets
-from calm.stages import train_autoencoder
+from calm.runs import presets
+from calm.runs.stages import train_autoencoder
 from calm.text.prepare import prepare
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 
 import calm
-from calm import presets
-from calm.stages import train_lm
+from calm.runs import presets
+from calm.runs.stages import train_lm
 from calm.text.shards import open_data
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

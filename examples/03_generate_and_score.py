@@ -8,7 +8,7 @@ python examples/03_generate_and_score.py runs/example/lm
 import argparse
 
 import calm
-from calm.report.scores import brier_table, compare
+from calm.evaluate.scores import brier_table, compare
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("run", help="the run folder of a language model")

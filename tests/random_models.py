@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from flax import nnx
 
-from calm.interop.weights import build_with_weights
+from calm.runs.weights import build_with_weights
 
 
 class Layer:

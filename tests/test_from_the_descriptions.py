@@ -9,8 +9,9 @@ from typing import NamedTuple
 import pytest
 
 import tiny
-from calm import cli, presets
+from calm import cli
 from calm.cli.arguments import parse
+from calm.runs import presets
 
 PAGE = (Path(__file__).parent.parent / "docs" / "from-the-descriptions.md").read_text()
 STATUSES = ("runs", "option", "here", "network", "later")

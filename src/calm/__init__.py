@@ -11,15 +11,15 @@ from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from calm.bundle import Bundle as Bundle
-    from calm.bundle import load as load
+    from calm.runs.bundle import Bundle as Bundle
+    from calm.runs.bundle import load as load
 
 __all__ = ["Bundle", "__version__", "load"]
 
 
 def __getattr__(name: str) -> Any:
     if name in ("Bundle", "load"):
-        from calm import bundle
+        from calm.runs import bundle
 
         return getattr(bundle, name)
     if name == "__version__":

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 import tiny
-from calm import alignment, bundle
-from calm.report.alignment import AlignmentReport, Way
+from calm.runs import bundle
+from calm.ttt import align as alignment
+from calm.ttt.report import AlignmentReport, Way
 from calm.ttt.seal import SealConfig
 from random_models import normal
 

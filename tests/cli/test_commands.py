@@ -8,7 +8,7 @@ import pytest
 
 import tiny
 from calm import config
-from calm.stages import LatentLMRun, load_run_config
+from calm.runs.stages import LatentLMRun, load_run_config
 
 
 def test_a_run_folder_holds_what_alone_reproduces_it(tiny_runs, tmp_path):

@@ -24,7 +24,7 @@ def test_a_missing_extra_comes_with_its_pip_line(capsys, monkeypatch):
 
 
 def test_the_probe_names_the_precision_that_training_would_use(capsys, monkeypatch):
-    from calm.train import machine
+    from calm.train import matrix_rate as machine
 
     monkeypatch.setattr(machine, "probe", lambda: machine.MatrixRates(float32=3e11, bfloat16=9e11))
     assert cli.main(["doctor"]) == 0

@@ -66,9 +66,9 @@ def test_a_router_is_fitted_scored_saved_and_writes(pair, tmp_path):
 
 def test_the_costs_of_routing_count_what_both_models_read(pair):
     """CALM and router at every chunk, the token model at every token; a chunk by CALM saves the token model's logits alone."""
-    from calm import dual
-    from calm.metrics.flops import next_vector_inference
-    from calm.models.router import RouterConfig
+    from calm.dual import pair as dual
+    from calm.dual.router import RouterConfig
+    from calm.evaluate.flops import next_vector_inference
 
     both = dual.load(*pair)
     token_lm, predictor = both.models
@@ -102,7 +102,7 @@ def test_two_tokenizers_are_refused(pair, tiny_runs, tmp_path):
     """Of the same size, so that nothing else tells them apart."""
     import shutil
 
-    from calm import dual
+    from calm.dual import pair as dual
     from calm.errors import UsageError
 
     other = tmp_path / "other"

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 import tiny
-from calm.stages import load_run_config
+from calm.runs.stages import load_run_config
 
 HEADS = {
     "flow": ("FlowHeadConfig", "num_steps = 2\nnum_draws = 2", "continuous"),

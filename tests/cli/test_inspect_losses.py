@@ -7,7 +7,7 @@ import pytest
 
 import tiny
 from calm.errors import UsageError
-from calm.report.losses import LossCourse
+from calm.evaluate.loss_curves import LossCourse
 from calm.train.run_folder import RunFolder
 from calm.train.tracker import RunTrackers
 

@@ -7,12 +7,13 @@ import optax
 import pytest
 from flax import nnx
 
+from calm.core.dense import PRECISIONS
+from calm.core.posterior import Gaussian
 from calm.errors import UsageError
-from calm.heads import DiffusionHeadConfig, FlowHeadConfig, MixtureHeadConfig
-from calm.heads.diffusion import schedule
+from calm.heads.diffusion import DiffusionHeadConfig, schedule
+from calm.heads.flow import FlowHeadConfig
+from calm.heads.mixture import MixtureHeadConfig
 from calm.heads.modulated_mlp import TIMES, stratified, time_waves
-from calm.nn.dense import PRECISIONS
-from calm.posterior import Gaussian
 from jaxpr_flops import matmul_flops
 from random_models import Layer, normal, random_model
 

@@ -16,10 +16,12 @@ from safetensors.numpy import load_file, save_file
 
 import calm
 import tiny
-from calm import presets
-from calm.heads import DiffusionHeadConfig, EnergyHeadConfig, FlowHeadConfig
+from calm.core.energy_head import EnergyHeadConfig
+from calm.heads.diffusion import DiffusionHeadConfig
+from calm.heads.flow import FlowHeadConfig
 from calm.interop.official import load_autoencoder, load_latent_lm
-from calm.interop.weights import flat_weights
+from calm.runs import presets
+from calm.runs.weights import flat_weights
 from calm.text.tokenizer import load_tokenizer
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "published"

@@ -16,11 +16,11 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
+from calm.core.energy_score import plain_energy_loss
+from calm.core.posterior import Gaussian
 from calm.errors import UsageError
 from calm.interop.official import load_autoencoder, load_latent_lm, training_settings
-from calm.interop.weights import flat_weights
-from calm.losses import plain_energy_loss
-from calm.posterior import Gaussian
+from calm.runs.weights import flat_weights
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "published"
 TOLERANCE = 1e-5  # of the largest value of each array

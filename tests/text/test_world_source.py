@@ -6,7 +6,7 @@ import pytest
 from calm.errors import UsageError
 from calm.text.prepare import prepare
 from calm.text.shards import open_data
-from calm.worlds import build_world
+from calm.worlds.registry import build_world
 
 SPEC = "world:markov:words=9,document=30,seed=3,tokens=20k"
 

@@ -11,7 +11,7 @@ from toy_training import CONFIG_TEXT, ToyBatches, ToyObjective, run
 
 from calm.errors import CalmError, DivergedError, Preempted, UsageError
 from calm.train.loop import TrainConfig, settle_precision
-from calm.train.machine import MatrixRates
+from calm.train.matrix_rate import MatrixRates
 from calm.train.run_folder import best_step, read_records
 
 

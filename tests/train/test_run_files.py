@@ -7,9 +7,9 @@ import os
 import pytest
 
 from calm.errors import CalmError, UsageError
-from calm.train import machine
+from calm.train import matrix_rate as machine
 from calm.train.loop import settle_precision
-from calm.train.machine import MatrixRates, choose_precision, probe
+from calm.train.matrix_rate import MatrixRates, choose_precision, probe
 from calm.train.progress import Meter, Progress, Throughput, describe, short
 from calm.train.run_folder import RunFolder, best_step, first_difference, git_commit, out_of_space, read_records
 

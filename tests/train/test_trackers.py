@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from calm.errors import MissingExtraError, UsageError
-from calm.train.harness import ExperimentTracker, load_dataset
+from calm.runs.harness import ExperimentTracker, load_dataset
 from calm.train.run_folder import RunFolder, read_records
 from calm.train.tracker import RunTrackers, open_tracker
 

@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import ttt_models
 
-from calm.autoencoder import AutoencoderConfig
+import ttt_models
+from calm.core.autoencoder import AutoencoderConfig
 from calm.errors import UsageError
 from calm.text.tokenizer import load_tokenizer
 from calm.text.tokenizer_training import train_words

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import ttt_models
 
+import ttt_models
 from calm.errors import UsageError
 from calm.rng import row_keys
 from calm.text.chunking import NOTHING

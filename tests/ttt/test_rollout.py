@@ -4,15 +4,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from ttt_models import PROMPTS, SPECIAL, WRITER, K, V, Z, concept, next_vector
 
-from calm.autoencoder.decoder import ScoringTable
+from calm.core import generate
+from calm.core.decoder import ScoringTable
+from calm.decoders.context_decoder import ContextDecoderConfig
 from calm.errors import UsageError
-from calm.models.context_decoder import ContextDecoderConfig
 from calm.rng import row_keys
-from calm.sampling import generate
 from calm.ttt.rollout import begin, draw_noise, futures, lay_out
 from calm.ttt.seal import Seal, SealConfig
+from ttt_models import PROMPTS, SPECIAL, WRITER, K, V, Z, concept, next_vector
 
 KEYS = row_keys(jax.random.key(3), len(PROMPTS))
 

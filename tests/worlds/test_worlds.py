@@ -6,7 +6,10 @@ import numpy as np
 import pytest
 
 from calm.errors import UsageError
-from calm.worlds import KeyValueWorld, Rule, World, build_world, compile_grammar, tempered
+from calm.worlds.grammar import Rule, compile_grammar
+from calm.worlds.key_value import KeyValueWorld
+from calm.worlds.registry import build_world
+from calm.worlds.world import World, tempered
 
 SMALL = {
     "markov": dict(words=5, concentration=0.5, document=9),

@@ -71,8 +71,9 @@ class Align:
     """Also write the result as JSON to this file."""
 
     def run(self) -> Any:
-        from calm import alignment, bundle
         from calm.cli import plain
+        from calm.runs import bundle
+        from calm.ttt import align as alignment
         from calm.ttt.brakes import Brakes
         from calm.ttt.fast_weights import FastWeightsConfig
         from calm.ttt.seal import SealConfig

@@ -36,7 +36,8 @@ class TrainCritic:
     seed: int = 0
 
     def run(self) -> dict[str, Any]:
-        from calm import alignment, bundle
+        from calm.runs import bundle
+        from calm.ttt import align as alignment
         from calm.ttt.critic_files import save_critic
         from calm.ttt.training import SHUFFLED, CriticTraining, read_lines, train_critic
 

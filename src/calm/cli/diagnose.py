@@ -34,8 +34,9 @@ class Diagnose:
     """Also write the stages as JSON to this file."""
 
     def run(self) -> Any:
-        from calm import bundle, examine
         from calm.cli import plain
+        from calm.runs import bundle
+        from calm.runs import measure as examine
 
         found = examine.faults(
             bundle.load(self.folder),

@@ -149,7 +149,7 @@ def _devices() -> list[str]:
 
 
 def _matrix_rates() -> dict[str, Any]:
-    from calm.train import machine
+    from calm.train import matrix_rate as machine
 
     rates = machine.probe()
     return {**rates._asdict(), "precision": machine.choose_precision("auto", rates)}

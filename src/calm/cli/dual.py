@@ -47,9 +47,9 @@ class DualGenerate:
     seed: int = 0
 
     def run(self) -> dict[str, Any]:
-        from calm import dual
-        from calm.sampling.softmax import softmax_sampler
-        from calm.sampling.speculation import Drafting
+        from calm.dual import pair as dual
+        from calm.dual.speculation import Drafting
+        from calm.token.sampler import softmax_sampler
 
         drafting = Drafting(rule=self.rule, num_latents=self.latents, boundaries=self.boundaries)
         if (self.router is None) != (self.share is None):
@@ -118,9 +118,9 @@ class DualMeasure:
         import itertools
         import sys
 
-        from calm import dual
-        from calm.sampling.softmax import softmax_sampler
-        from calm.sampling.speculation import Drafting
+        from calm.dual import pair as dual
+        from calm.dual.speculation import Drafting
+        from calm.token.sampler import softmax_sampler
 
         result = dual.measure(
             dual.load(self.token, self.latent, precision=self.precision),
@@ -141,7 +141,7 @@ class DualMeasure:
         return result
 
     def show(self, result: dict[str, Any]) -> str:
-        from calm import dual
+        from calm.dual import pair as dual
 
         return dual.drafting_table(result)
 
@@ -177,9 +177,9 @@ class DualRoute:
     """A folder for the router, routing.json, routing.md and routing.png; without it, nothing is written."""
 
     def run(self) -> dict[str, Any]:
-        from calm import dual
-        from calm.report.routing import routing_curves
-        from calm.train.router import RouterTraining
+        from calm.dual import pair as dual
+        from calm.dual.router_training import RouterTraining
+        from calm.dual.routing_report import routing_curves
 
         training = RouterTraining(measure=self.measure, steps=self.steps)
         pair = dual.load(self.token, self.latent, precision=self.precision)

@@ -51,10 +51,11 @@ class Evaluate:
     """Also write the scores as JSON to this file."""
 
     def run(self) -> dict[str, Any]:
-        from calm import bundle, examine
         from calm.cli import plain
-        from calm.report.scores import compare
-        from calm.writing import as_judge, score_writing
+        from calm.evaluate.scores import compare
+        from calm.runs import bundle
+        from calm.runs import measure as examine
+        from calm.runs.writing import as_judge, score_writing
 
         if self.judge is not None and not self.samples:
             raise UsageError("--judge reads continuations: say how many with --samples")
@@ -100,8 +101,8 @@ class Evaluate:
         return scores
 
     def show(self, scores: dict[str, Any]) -> str:
-        from calm.metrics.flops import flops_line
-        from calm.report.scores import brier_table
+        from calm.evaluate.flops import flops_line
+        from calm.evaluate.scores import brier_table
 
         parts = [scores["autoencoder"].table()] if "autoencoder" in scores else []
         if "lm" in scores:

@@ -55,10 +55,10 @@ class Experiment:
     def run(self) -> dict[str, Any]:
         from pathlib import Path
 
-        from calm.experiments import studies
-        from calm.experiments.runner import parse_axes
-        from calm.experiments.scoring import LanguageModelScore
-        from calm.experiments.study import Request
+        from calm.studies import catalogue as studies
+        from calm.studies.runner import parse_axes
+        from calm.studies.scoring import LanguageModelScore
+        from calm.studies.study import Request
 
         study = studies.get(self.name)
         self._check(study.options)

@@ -17,7 +17,7 @@ class Export:
     """Where to write; without it, the run folder's own export/."""
 
     def run(self) -> dict[str, Any]:
-        from calm import bundle
+        from calm.runs import bundle
 
         out = Path(self.out) if self.out is not None else Path(self.folder) / "export"
         bundle.load(self.folder).export(out)

@@ -35,14 +35,14 @@ class Frontier:
     def run(self) -> dict[str, Any]:
         import jax
 
-        from calm import bundle
         from calm.cli import plain
-        from calm.report.frontier import frontier_curves
-        from calm.stages import validation_blocks
+        from calm.evaluate.blocks import text_protocol
+        from calm.evaluate.frontier import FrontierOptions, measure_frontier
+        from calm.evaluate.frontier_report import frontier_curves
+        from calm.runs import bundle
+        from calm.runs.stages import validation_blocks
         from calm.text.shards import open_data
         from calm.text.tokenizer import require_same_tokenizer
-        from calm.train.evaluate import text_protocol
-        from calm.train.frontier import FrontierOptions, measure_frontier
 
         options = FrontierOptions(
             temperatures=self.temperatures, sizes=self.candidates, positions=self.positions, decoding=self.decoding

@@ -56,7 +56,7 @@ class Generate:
     """Also write the texts to this file, one after the other with an empty line between."""
 
     def run(self) -> dict[str, Any]:
-        from calm import bundle
+        from calm.runs import bundle
 
         prompts = [*self.prompt, *self._from_file()] or [""]
         pending = [prompts[0]]  # printed with the first chunk, so that a prompt that is refused leaves no output

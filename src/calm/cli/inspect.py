@@ -25,8 +25,9 @@ class InspectAutoencoder:
     """The folder for the picture and the numbers; without it, plots/ in the run folder."""
 
     def run(self) -> dict[str, Any]:
-        from calm import bundle, examine
         from calm.cli import plain
+        from calm.runs import bundle
+        from calm.runs import measure as examine
 
         model = bundle.load(self.folder)
         found = examine.latents(model, self.data, split=self.split, max_tokens=self.max_tokens, seed=self.seed)
@@ -53,7 +54,7 @@ class InspectLosses:
 
     def run(self) -> dict[str, Any]:
         from calm.errors import UsageError
-        from calm.report.losses import LossCourse
+        from calm.evaluate.loss_curves import LossCourse
 
         out = Path(self.out) if self.out is not None else Path(self.folder) / "plots" / "losses.npz"
         if out.suffix != ".npz":

@@ -26,7 +26,7 @@ class Quickstart:
     seed: int = 0
 
     def run(self) -> dict[str, Any]:
-        from calm import pipeline
+        from calm.runs import quickstart as pipeline
 
         return pipeline.quickstart(
             self.out,

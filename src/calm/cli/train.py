@@ -5,9 +5,9 @@ from typing import Annotated, Any
 
 import tyro
 
-from calm import presets
-from calm.stages import AutoencoderRun, LatentLMRun, TokenLMRun, train_autoencoder, train_lm
-from calm.token_stage import train_token_lm
+from calm.runs import presets
+from calm.runs.stages import AutoencoderRun, LatentLMRun, TokenLMRun, train_autoencoder, train_lm
+from calm.runs.token_stage import train_token_lm
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -4,8 +4,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from calm.losses.cross_entropy import fused_cross_entropy
-from calm.nn.dense import Dense, Precision
+from calm.core.cross_entropy import fused_cross_entropy
+from calm.core.dense import Dense, Precision
 
 
 class ChunkPredictor(nnx.Module):

@@ -11,10 +11,10 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from calm.core.dense import Precision, dense_flops
+from calm.core.posterior import Posterior
 from calm.errors import UsageError
 from calm.heads.modulated_mlp import TIMES, ModulatedMLP, stratified, whole_time
-from calm.nn.dense import Precision, dense_flops
-from calm.posterior import Posterior
 from calm.rng import PRNGKey, stream
 
 Prediction = Literal["velocity", "noise"]

@@ -9,11 +9,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from calm.core.dense import Dense, Precision, dense_flops
+from calm.core.mlp import ResidualSwiGLU, SwiGLU
+from calm.core.posterior import Posterior
+from calm.core.stack import Stack
 from calm.errors import UsageError
-from calm.nn.dense import Dense, Precision, dense_flops
-from calm.nn.mlp import ResidualSwiGLU, SwiGLU
-from calm.nn.stack import Stack
-from calm.posterior import Posterior
 from calm.rng import PRNGKey
 
 MIN_STD = 1e-3

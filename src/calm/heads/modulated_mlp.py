@@ -12,8 +12,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from calm.nn.dense import Dense, Precision, dense_flops
-from calm.nn.stack import Stack
+from calm.core.dense import Dense, Precision, dense_flops
+from calm.core.stack import Stack
 
 TIMES = 1000
 """times are whole numbers 0 .. TIMES - 1, as in the published models: a continuous time in [0, 1) is rounded down"""

@@ -1,1 +1,1 @@
-"""Models in and out: the published PyTorch checkpoints, and folders of safetensors that other programs read."""
+"""Published CALM checkpoints, in and out."""

@@ -5,8 +5,8 @@ from typing import Any
 
 from calm.errors import UsageError
 from calm.interop import official
-from calm.interop.export import TOKENIZER, ModelCard, export_autoencoder, export_latent_lm
 from calm.interop.published_files import read_json
+from calm.runs.folders import TOKENIZER, ModelCard, export_autoencoder, export_latent_lm
 from calm.text.tokenizer import Tokenizer, load_tokenizer
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")

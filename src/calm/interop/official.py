@@ -26,14 +26,17 @@ from pathlib import Path
 
 import numpy as np
 
-from calm.autoencoder import Autoencoder, AutoencoderConfig
+from calm.core.autoencoder import Autoencoder, AutoencoderConfig
+from calm.core.backbone import BackboneConfig
+from calm.core.energy_head import EnergyHeadConfig
+from calm.core.latent_lm import LatentLM, LatentLMConfig
 from calm.errors import UsageError
-from calm.heads import DiffusionHeadConfig, EnergyHeadConfig, FlowHeadConfig, HeadConfig
+from calm.heads import HeadConfig
+from calm.heads.diffusion import DiffusionHeadConfig
+from calm.heads.flow import FlowHeadConfig
 from calm.heads.modulated_mlp import FREQUENCIES
 from calm.interop.published_files import PublishedConfig, PublishedWeights, weight_names
-from calm.interop.weights import build_with_weights
-from calm.models import LatentLM, LatentLMConfig
-from calm.nn import BackboneConfig
+from calm.runs.weights import build_with_weights
 
 _TRAINING = {"beta": "alpha", "num_samples": "num_samples", "kl_weight": "kl_weight", "kl_clamp": "kl_clamp"}
 

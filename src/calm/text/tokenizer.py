@@ -35,7 +35,7 @@ ALIASES = {BEGIN: "<|begin_of_text|>", END: "<|end_of_text|>"}
 """names in other files that are taken for ours"""
 REPLACEMENT = "\ufffd"
 Level = Literal["byte", "subword", "word"]
-"""unit of a token, on which the meaning of a perplexity depends (`calm.metrics.perplexity`)"""
+"""unit of a token, on which the meaning of a perplexity depends (`calm.evaluate.perplexity`)"""
 
 # The split pattern of Llama 3 and cl100k; a rank file does not say its own.
 RANK_PATTERN = (

@@ -19,9 +19,9 @@ from typing import Any
 
 import jax
 
+from calm.core.dense import Precision
 from calm.errors import Preempted, UsageError
-from calm.nn.dense import Precision
-from calm.train.machine import MatrixRates
+from calm.train.matrix_rate import MatrixRates
 from calm.train.progress import Meter, Progress
 from calm.train.protocol import BatchStream, Evaluate, Objective, Params, Sample
 from calm.train.run_folder import RunFolder

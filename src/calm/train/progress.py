@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from types import TracebackType
 from typing import Any, NamedTuple
 
-from calm.train.machine import MatrixRates
+from calm.train.matrix_rate import MatrixRates
 
 
 class Throughput(NamedTuple):

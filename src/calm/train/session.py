@@ -12,7 +12,7 @@ import jax
 
 from calm.errors import DivergedError, UsageError
 from calm.train.checkpoint import Checkpoints
-from calm.train.machine import devices
+from calm.train.matrix_rate import devices
 from calm.train.progress import Meter, Progress, describe
 from calm.train.protocol import BatchStream, Evaluate, Params, Sample
 from calm.train.run_folder import RunFolder, environment, read_records

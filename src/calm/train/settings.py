@@ -7,9 +7,9 @@ from typing import Literal
 import jax
 from jax.experimental import multihost_utils
 
+from calm.core.dense import Precision
 from calm.errors import UsageError
-from calm.nn.dense import Precision
-from calm.train.machine import MatrixRates, choose_precision, machine_rates
+from calm.train.matrix_rate import MatrixRates, choose_precision, machine_rates
 from calm.train.mesh import MeshConfig
 from calm.train.optim import OptimizerConfig
 from calm.train.run_folder import RunFolder

@@ -1,1 +1,1 @@
-"""Latent test-time training: a prompt's futures are imagined, judged, and the weights changed for that prompt alone."""
+"""Latent test-time training: prompt-specific weights, found by gradient steps on a critic of imagined continuations."""

@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
+from calm.core.energy_score import distance
 from calm.errors import UsageError
-from calm.losses.energy_score import distance
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

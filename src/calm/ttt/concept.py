@@ -18,9 +18,9 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from calm.autoencoder import Autoencoder
+from calm.core.autoencoder import Autoencoder
+from calm.core.predictor import NextVector
 from calm.errors import UsageError
-from calm.models import NextVector
 from calm.text.tokenizer import Tokenizer
 from calm.ttt.critic import ConceptCritic
 

@@ -1,14 +1,14 @@
 """What adaptation costs, in FLOPs, and what the same FLOPs would buy without it.
 
 Matrix products count, a backward pass twice its forward pass where weights learn and once where a slope only passes through
-(`calm.metrics.flops`). A critic that reads what the decoder makes of latents runs the decoder once more, which counts, in the
+(`calm.evaluate.flops`). A critic that reads what the decoder makes of latents runs the decoder once more, which counts, in the
 choice among texts too; other critics here are thousands of times cheaper than what they judge, and of one's own nobody knows.
 """
 
 import dataclasses
 
-from calm.autoencoder import AutoencoderConfig
-from calm.models import LatentLMConfig
+from calm.core.autoencoder import AutoencoderConfig
+from calm.core.latent_lm import LatentLMConfig
 from calm.ttt.seal import SealConfig
 
 

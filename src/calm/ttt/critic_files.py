@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from calm.autoencoder import Autoencoder
+from calm.core.autoencoder import Autoencoder
 from calm.errors import CalmError, UsageError
 from calm.text.atomic_write import write_whole
 from calm.train.trees import named_leaves

@@ -33,10 +33,10 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from calm.core.dense import Precision, matmul
+from calm.core.predictor import NextVector
+from calm.decoders.context_decoder import ContextDecoder
 from calm.errors import UsageError
-from calm.models import NextVector
-from calm.models.context_decoder import ContextDecoder
-from calm.nn.dense import Precision, matmul
 from calm.text.chunking import NOTHING
 
 PRIOR, MOST = 4.0, 3.0

@@ -22,13 +22,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from calm.autoencoder.decoder import ScoringTable
+from calm.core.decoder import ScoringTable
+from calm.core.dense import matmul
+from calm.core.generate import LENGTH_STEP
+from calm.core.predictor import NextVector, Noise
+from calm.decoders.context_decoder import recent_tokens
 from calm.errors import UsageError
-from calm.models.context_decoder import recent_tokens
-from calm.models.predictor import NextVector, Noise
-from calm.nn.dense import matmul
 from calm.rng import PRNGKey, stream
-from calm.sampling.generate import LENGTH_STEP
 from calm.text.chunking import NOTHING, pad_prompts
 
 Feedback = Literal["constant", "straight_through", "latent"]
@@ -83,7 +83,7 @@ def begin(predictor: NextVector, chunks: Int[Array, "N K"], start: Int[Array, ""
 
 
 def draw_noise(predictor: NextVector, key: PRNGKey, num_futures: int, num_chunks: int) -> Noise:
-    """All the randomness of S futures of N chunks, `[N S ...]`; that of a single future is `calm.sampling.generate`'s."""
+    """All the randomness of S futures of N chunks, `[N S ...]`; that of a single future is `calm.core.generate`'s."""
     keys = jax.vmap(lambda step: stream(key, "draw", step))(jnp.arange(num_chunks))
     return jax.vmap(lambda key: predictor.draw_noise(key, (num_futures,), predictor.decoding))(keys)
 

@@ -28,12 +28,12 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from calm.autoencoder.decoder import ScoringTable
+from calm.core.decoder import ScoringTable
+from calm.core.energy_score import energy_loss
+from calm.core.generate import HasSpecialIds
+from calm.core.predictor import NextVector
 from calm.errors import DivergedError, UsageError
-from calm.losses.energy_score import energy_loss
-from calm.models.predictor import NextVector
 from calm.rng import PRNGKey, stream
-from calm.sampling.generate import HasSpecialIds
 from calm.ttt import fast_weights
 from calm.ttt.brakes import Brakes, drift
 from calm.ttt.critic import as_pytree, rewards_of
@@ -181,7 +181,7 @@ class Seal:
         """`num_texts` texts of `num_chunks` chunks for each prompt, at temperature 1, without an end.
 
         `changes` are of `rewire`, none = the base weights; `shifts` are added to every latent. The same keys give the same
-        noise whatever the weights, and a single text of a key is what `calm.sampling.generate` writes by it.
+        noise whatever the weights, and a single text of a key is what `calm.core.generate` writes by it.
         """
         program = partial(_act, (num_texts, num_chunks), self.graphdef)
         nowhere = np.zeros((len(prompts.starts), self.predictor.autoencoder.config.latent_dim), np.float32)
@@ -198,7 +198,7 @@ class Seal:
         return self._by_groups(program, None, prompts, keys, (jnp.asarray(chunks),), None)
 
     def adapted(self, rewired: Rewired, row: int = 0) -> NextVector:
-        """A predictor with the weights of one prompt, for whatever takes a predictor: `calm.sampling.generate`, other samplers.
+        """A predictor with the weights of one prompt, for whatever takes a predictor: `calm.core.generate`, other samplers.
         It shares no weight that changed with the base model."""
         change = jax.tree.map(lambda x: jnp.asarray(x[row]), rewired.changes)
         return nnx.merge(self.graphdef, fast_weights.adapted(self.params, change))

@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Float
 
 from calm.errors import UsageError
-from calm.metrics.word_shares import words_of
+from calm.ttt.word_shares import words_of
 
 BUCKETS = 4096
 LEAST = 8  # texts of each kind

@@ -18,7 +18,7 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from calm.autoencoder import Autoencoder
+from calm.core.autoencoder import Autoencoder
 from calm.errors import UsageError
 from calm.rng import PRNGKey, stream
 from calm.text.tokenizer import Tokenizer

@@ -1,0 +1,1 @@
+"""Decoders that write a chunk in the autoencoder's place."""

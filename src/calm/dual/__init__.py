@@ -1,0 +1,1 @@
+"""A token model and a next-vector model at work on one text: drafting and routing."""

@@ -1,1 +1,0 @@
-"""Scores as sums: arrays in, mergeable sums out, divided once at the end. Nothing here imports a model."""

@@ -1,0 +1,1 @@
+"""Latent spaces beside the Gaussian one: a sphere, and two levels of latents."""

@@ -1,0 +1,300 @@
+"""A model as a folder that other programs read: config.json, model.safetensors, tokenizer.json and a model card. Never pickle.
+
+A language model's folder also holds `autoencoder/`, the folder of its frozen autoencoder, so it is self-contained. Weights go
+out and come back bit for bit, in float32, under the dotted names of `calm.runs.weights`. Every file is written beside its
+place first and renamed when all are complete, so an interrupted export leaves what was there before.
+"""
+
+import contextlib
+import dataclasses
+import importlib.metadata
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from flax import nnx
+
+from calm import config as configuration
+from calm.core.autoencoder import Autoencoder, AutoencoderConfig
+from calm.core.backbone import BackboneConfig
+from calm.core.dense import Precision
+from calm.core.latent_lm import LatentLM, LatentLMConfig
+from calm.errors import CalmError, UsageError
+from calm.interop.published_files import read_json, read_safetensors
+from calm.runs.weights import build_with_weights, flat_weights
+from calm.token.model import TokenLM, TokenLMConfig
+
+AUTOENCODER, LATENT_LM, TOKEN_LM = "calm-autoencoder", "calm-latent-lm", "calm-token-lm"  # model_type in config.json
+MODEL_TYPES = (AUTOENCODER, LATENT_LM, TOKEN_LM)
+AUTOENCODER_FOLDER = "autoencoder"
+WEIGHTS, CONFIG, TOKENIZER, CARD = "model.safetensors", "config.json", "tokenizer.json", "README.md"
+Config = TypeVar("Config", AutoencoderConfig, LatentLMConfig, TokenLMConfig)
+Writer = Callable[[Path], object]  # writes one file at the path that it is given
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelCard:
+    """What the README.md of an exported model says beyond its sizes. What is not given is not claimed."""
+
+    name: str = "A continuous autoregressive language model"
+    summary: str = ""
+    license: str = ""
+    """identifier such as `mit`"""
+    languages: tuple[str, ...] = ()
+    datasets: tuple[str, ...] = ()
+    """identifiers of the training data"""
+    results: tuple[tuple[str, str, str], ...] = ()
+    """rows of (metric, value with interval, protocol); a number without its protocol has no place here"""
+    command: str = ""
+    """the command that reproduces the model"""
+
+
+def export_autoencoder(
+    autoencoder: Autoencoder, folder: str | Path, *, training: Mapping[str, int | float] | None = None
+) -> None:
+    """Writes config.json and model.safetensors into `folder`, which is made if it is missing.
+
+    `training` is what is known of how it was trained, under the names of our loss configuration; it goes into config.json.
+    """
+    config = autoencoder.config
+    description = _description(AUTOENCODER, config, config) | ({"training": dict(training)} if training else {})
+    _write(Path(folder), {CONFIG: _json(description), WEIGHTS: _weights(autoencoder)})
+
+
+def export_latent_lm(
+    lm: LatentLM,
+    autoencoder: Autoencoder,
+    folder: str | Path,
+    tokenizer_path: str | Path | None = None,
+    card: ModelCard | None = None,
+    *,
+    block_tokens: int | None = None,
+    training: Mapping[str, int | float] | None = None,
+) -> None:
+    """Writes the language model, its autoencoder in `folder/autoencoder`, the tokenizer's file and the model card.
+
+    `block_tokens` is the length of a training sequence, if known; `training` as in `export_autoencoder`. `folder` is made if
+    it is missing. An earlier export in it is replaced; a config.json of another program is not.
+    """
+    folder, config = Path(folder), lm.config
+    for name in ("vocab_size", "chunk_size", "latent_dim"):
+        ours, theirs = getattr(config, name), getattr(autoencoder.config, name)
+        if ours != theirs:
+            raise UsageError(f"export: {name} is {ours} in the language model and {theirs} in the autoencoder")
+    if tokenizer_path is not None and not Path(tokenizer_path).is_file():
+        raise UsageError(f"{tokenizer_path}: no such tokenizer file")
+    description = _description(LATENT_LM, config, autoencoder.config) | {"autoencoder": AUTOENCODER_FOLDER}
+    if block_tokens is not None:
+        description["block_tokens"] = block_tokens
+    if training:
+        description["training"] = dict(training)
+    files: dict[str, Writer] = {CONFIG: _json(description), WEIGHTS: _weights(lm)}
+    files[CARD] = _text(_card(card or ModelCard(), lm, autoencoder))
+    if tokenizer_path is not None:
+        data = Path(tokenizer_path).read_bytes()
+        files[TOKENIZER] = lambda path: path.write_bytes(data)
+    _refuse_foreign(folder)
+    export_autoencoder(autoencoder, folder / AUTOENCODER_FOLDER)
+    _write(folder, files)
+
+
+def export_token_lm(lm: TokenLM, folder: str | Path, card: ModelCard | None = None, *, block_tokens: int | None = None) -> None:
+    """Writes config.json, model.safetensors and the model card of a token model; `block_tokens` as in `export_latent_lm`."""
+    description = _description(TOKEN_LM, lm.config, lm.config)
+    if block_tokens is not None:
+        description["block_tokens"] = block_tokens
+    folder = Path(folder)
+    text = _token_card(card or ModelCard(name="A token language model, the baseline of a continuous one"), lm)
+    _write(folder, {CONFIG: _json(description), WEIGHTS: _weights(lm), CARD: _text(text)})
+
+
+def load_exported_autoencoder(folder: str | Path, precision: Precision = "float32") -> Autoencoder:
+    """The autoencoder that `export_autoencoder` wrote, or the one inside an exported language model's folder."""
+    folder = Path(folder)
+    if not (folder / CONFIG).is_file() or read_json(folder / CONFIG).get("model_type") == LATENT_LM:
+        inside = folder / AUTOENCODER_FOLDER
+        folder = inside if inside.is_dir() else folder
+    return _load(folder, AUTOENCODER, AutoencoderConfig, precision)
+
+
+def load_exported_latent_lm(folder: str | Path, precision: Precision = "float32") -> LatentLM:
+    """The language model that `export_latent_lm` wrote."""
+    return _load(Path(folder), LATENT_LM, LatentLMConfig, precision)
+
+
+def load_exported_token_lm(folder: str | Path, precision: Precision = "float32") -> TokenLM:
+    """The token model that `export_token_lm` wrote."""
+    return _load(Path(folder), TOKEN_LM, TokenLMConfig, precision)
+
+
+def _load(folder: Path, model_type: str, config_type: type[Config], precision: Precision) -> Any:
+    path = folder / CONFIG
+    description = read_json(path)
+    if description.get("model_type") != model_type:
+        raise UsageError(f"{path}: model_type should be {model_type!r}, got {description.get('model_type')!r}")
+    config = configuration.from_dict(config_type, description.get("config", {}), where=str(path))
+    weights = read_safetensors(folder / WEIGHTS)
+    return build_with_weights(config, weights, precision=precision, where=str(folder / WEIGHTS))
+
+
+# -- what the files say -----------------------------------------------------------------------------------------------
+
+
+def _description(
+    model_type: str,
+    config: AutoencoderConfig | LatentLMConfig | TokenLMConfig,
+    sizes: AutoencoderConfig | TokenLMConfig,
+) -> dict[str, Any]:
+    latent = {} if isinstance(sizes, TokenLMConfig) else {"latent_dim": sizes.latent_dim}
+    return {
+        "model_type": model_type,
+        "library_name": "calm-lm",
+        "library_version": _version(),
+        "torch_dtype": "float32",  # the key that model hubs read
+        "vocab_size": sizes.vocab_size,
+        "chunk_size": sizes.chunk_size,
+        **latent,
+        "config": configuration.to_dict(config),
+    }
+
+
+def _version() -> str:
+    try:
+        return importlib.metadata.version("calm-lm")
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"
+
+
+_CARD = """---
+{header}
+---
+# {name}
+
+{summary}A continuous autoregressive language model ([CALM](https://arxiv.org/abs/2510.27688)): it predicts the next latent
+vector, which a frozen autoencoder decodes to {chunk_size} tokens at once.
+
+| | |
+|---|---|
+| parameters | {lm_parameters:,} (language model), {autoencoder_parameters:,} (autoencoder) |
+| chunk size K, latent width Z, vocabulary V | {chunk_size}, {latent_dim}, {vocab_size} |
+| width, layers, heads | {dim}, {num_layers}, {num_heads} |
+
+## Use
+
+```python
+from calm.interop.export import load_exported_autoencoder, load_exported_latent_lm
+
+lm = load_exported_latent_lm(folder)
+autoencoder = load_exported_autoencoder(folder)
+```
+{results}{command}"""
+
+
+_TOKEN_CARD = """---
+{header}
+---
+# {name}
+
+{summary}A decoder-only transformer over tokens, with the backbone of a continuous autoregressive language model
+([CALM](https://arxiv.org/abs/2510.27688)): what that one is measured against.
+
+| | |
+|---|---|
+| parameters | {parameters:,} |
+| vocabulary V | {vocab_size} |
+| width, layers, heads | {dim}, {num_layers}, {num_heads} |
+
+## Use
+
+```python
+from calm.interop.export import load_exported_token_lm
+
+lm = load_exported_token_lm(folder)
+```
+{results}{command}"""
+
+
+def _card(card: ModelCard, lm: LatentLM, autoencoder: Autoencoder) -> str:
+    return _CARD.format(
+        **_common(card, lm.config.backbone),
+        lm_parameters=lm.config.parameters(),
+        autoencoder_parameters=autoencoder.config.parameters(),
+        chunk_size=lm.config.chunk_size,
+        latent_dim=lm.config.latent_dim,
+        vocab_size=lm.config.vocab_size,
+    )
+
+
+def _token_card(card: ModelCard, lm: TokenLM) -> str:
+    sizes = dict(parameters=lm.config.parameters(), vocab_size=lm.config.vocab_size)
+    return _TOKEN_CARD.format(**_common(card, lm.config.backbone), **sizes)
+
+
+def _common(card: ModelCard, backbone: BackboneConfig) -> dict[str, Any]:
+    """What both cards say."""
+    header: dict[str, Any] = {"library_name": "calm-lm", "pipeline_tag": "text-generation", "tags": ["calm", "jax", "flax"]}
+    header |= {"license": card.license} if card.license else {}
+    header |= {"language": list(card.languages)} if card.languages else {}
+    header |= {"datasets": list(card.datasets)} if card.datasets else {}
+    rows = "".join(f"| {' | '.join(cell.replace('|', '/') for cell in row)} |\n" for row in card.results)
+    return dict(
+        header="\n".join(f"{key}: {json.dumps(value)}" for key, value in header.items()),  # JSON is YAML
+        name=card.name,
+        summary=f"{card.summary}\n\n" if card.summary else "",
+        dim=backbone.dim,
+        num_layers=backbone.num_layers,
+        num_heads=backbone.num_heads,
+        results=f"\n## Results\n\n| metric | value | protocol |\n|---|---|---|\n{rows}" if rows else "",
+        command=f"\n## Training\n\n```\n{card.command}\n```\n" if card.command else "",
+    )
+
+
+# -- writing ----------------------------------------------------------------------------------------------------------
+
+
+def _weights(model: nnx.Module) -> Writer:
+    from safetensors.numpy import save_file
+
+    return lambda path: save_file(flat_weights(model), path, metadata={"format": "flax", "library": "calm-lm"})
+
+
+def _json(values: dict[str, Any]) -> Writer:
+    return _text(json.dumps(values, indent=2) + "\n")
+
+
+def _text(text: str) -> Writer:
+    return lambda path: path.write_text(text, encoding="utf-8")
+
+
+def _refuse_foreign(folder: Path) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"{folder}: is a file; expected a folder to export to")
+    if (folder / CONFIG).is_file() and read_json(folder / CONFIG).get("model_type") not in MODEL_TYPES:
+        raise UsageError(f"{folder / CONFIG}: belongs to another model; export to another folder")
+
+
+def _write(folder: Path, files: dict[str, Writer]) -> None:
+    """Writes every file under a temporary name, then renames them all, config.json last."""
+    from safetensors import SafetensorError
+
+    _refuse_foreign(folder)
+    staged: dict[Path, Path] = {}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in sorted(files, key=lambda name: name == CONFIG):
+            temporary = folder / f".{name}.{os.getpid()}.tmp"
+            staged[temporary] = folder / name
+            files[name](temporary)
+            temporary.chmod(0o644)  # safetensors writes files that only their owner can read
+            with temporary.open("rb+") as file:
+                os.fsync(file.fileno())
+        for temporary, place in staged.items():
+            temporary.replace(place)
+    except (OSError, SafetensorError) as error:
+        raise CalmError(f"{folder}: cannot write the export ({error})") from error
+    finally:
+        for temporary in staged:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)

@@ -1,0 +1,1 @@
+"""Studies: many short runs at equal compute, and the tables they print."""

@@ -1,0 +1,1 @@
+"""The baseline: a token language model on the same backbone."""
