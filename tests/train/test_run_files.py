@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import subprocess
 
 import pytest
 
@@ -81,6 +82,21 @@ def test_the_best_step_falls_back_on_the_last(tmp_path):
 
 def test_outside_of_a_checkout_there_is_no_commit(tmp_path):
     assert git_commit(tmp_path) is None
+
+
+def test_a_package_inside_somebody_s_repository_is_not_of_its_commit(tmp_path):
+    def git(*words: str) -> None:
+        names = ["-c", "user.name=x", "-c", "user.email=x@y"]
+        subprocess.run(["git", "-C", str(tmp_path), *names, *words], check=True, capture_output=True)
+
+    (tmp_path / "tracked").mkdir()
+    (tmp_path / "tracked" / "file.py").write_text("")
+    git("init", "-q")
+    git("add", ".")
+    git("commit", "-q", "-m", "theirs")
+    (tmp_path / "site-packages").mkdir()
+    (tmp_path / "site-packages" / "file.py").write_text("")
+    assert git_commit(tmp_path / "tracked") is not None and git_commit(tmp_path / "site-packages") is None
 
 
 def test_the_faster_precision_is_chosen_unless_one_is_asked_for():

@@ -68,12 +68,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command line and returns its exit code: 0, or that of the `calm.errors` class raised; 130 if interrupted."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     words, rest = _split_verb(arguments)
-    if not words and rest[:1] == ["--version"]:
-        print(f"calm {version()}")
-        return 0
-    if not words and (not rest or rest[0] in ("-h", "--help")):
-        print(help_page())
-        return 0
     heavy = ("quickstart", "train", "evaluate", "inspect", "diagnose", "align", "experiment")
     if argv is None and words.split(" ")[0] in heavy:  # a process of its own, and heavy work
         restart_with_huge_pages()
@@ -96,6 +90,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(words: str, rest: list[str], as_json: bool) -> int:
+    if not words and (not rest or rest[0] in ("-h", "--help", "--version")):
+        print(f"calm {version()}" if rest[:1] == ["--version"] else help_page())
+        sys.stdout.flush()  # here, where a reader that has left is nobody's error
+        return 0
     if words not in VERBS:
         return _unknown_verb(words, rest)
     from calm.cli.arguments import parse

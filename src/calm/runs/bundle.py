@@ -39,7 +39,15 @@ from calm.runs.folders import (
     load_exported_latent_lm,
     load_exported_token_lm,
 )
-from calm.runs.stages import LatentLMRun, TokenLMRun, load_autoencoder, load_lm, load_run_config, validation_blocks
+from calm.runs.stages import (
+    LatentLMRun,
+    TokenLMRun,
+    load_autoencoder,
+    load_lm,
+    load_run_config,
+    locate_data,
+    validation_blocks,
+)
 from calm.runs.token_stage import load_token_lm
 from calm.text.chunking import chunk_prompt
 from calm.text.shards import Data, open_data
@@ -72,7 +80,7 @@ def load(folder: str | Path, *, precision: Literal["auto", "float32", "bfloat16"
         data, block_tokens = "", int(description.get("block_tokens", DEFAULT_BLOCK_TOKENS))
     else:
         run = load_run_config(folder)
-        data, block_tokens = run.data, run.train.num_tokens
+        data, block_tokens = locate_data(folder, run.data), run.train.num_tokens
         if isinstance(run, LatentLMRun):
             lm, autoencoder, tokenizer = load_lm(folder, chosen)
         elif isinstance(run, TokenLMRun):
@@ -268,6 +276,8 @@ class Bundle:
         """Prepared data of this model's tokenizer; by default what it was trained on."""
         if data is None and not self.data:
             raise UsageError("data: name a folder of prepared data; an exported model does not know what it was trained on")
+        if data is None and not (Path(self.data) / "manifest.json").is_file():
+            raise UsageError(f"{self.folder}: its data {self.data} is not there, nor beside the run; pass the folder as --data")
         opened = open_data(data if data is not None else self.data)
         require_same_tokenizer(opened.tokenizer.fingerprint, self.tokenizer.fingerprint, f"model {self.folder}")
         return opened

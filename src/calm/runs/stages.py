@@ -4,6 +4,7 @@
 """
 
 import dataclasses
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from calm.runs import schema
 from calm.runs.folders import export_autoencoder, load_exported_autoencoder
 from calm.runs.init_from import StartingPoint, open_exported, readable
 from calm.text.batches import Batches, evaluation_blocks
+from calm.text.manifest import read_manifest
 from calm.text.prompted_batches import PromptedBatches
 from calm.text.shards import Data, open_data
 from calm.text.tokenizer import Tokenizer, load_tokenizer, require_same_tokenizer
@@ -247,6 +249,8 @@ def run_training(
     facts = {
         "tokenizer": data.tokenizer.fingerprint,
         "data": {"source": data.manifest.source, "splits": {k: v["tokens"] for k, v in data.manifest.splits.items()}},
+        "data_from_run": os.path.relpath(data.folder, out),  # so that the run finds its data from any directory
+        "data_fingerprint": data.manifest.fingerprint,
         "parameters": run.model.parameters(),
         "init_from": None if start is None else start.where,
         "flops": {
@@ -345,6 +349,24 @@ def samples(predictor: Predictor, data: Data, num_tokens: int, at_half: Sampler)
         for prompt, tokens, length in zip(prompts, result.tokens, result.lengths, strict=True):
             parts.append(f"[{name}] {tokenizer.decode(prompt)} >>> {tokenizer.decode(tokens[:length])}")
     return "\n\n".join(parts)
+
+
+def locate_data(run_folder: str | Path, data: str) -> str:
+    """The folder of a run's data: as its configuration names it, or where it lies as seen from the run folder.
+
+    A folder that holds other data than the run was trained on is passed over. Returns `data` where nothing is found, so that
+    whoever opens it can say what to pass.
+    """
+    meta = RunFolder(run_folder, writes=False).read_meta()
+    candidates = [Path(data)] if data else []
+    if meta.get("data_from_run"):
+        candidates.append(Path(run_folder) / meta["data_from_run"])
+    for folder in candidates:
+        if (folder / "manifest.json").is_file():
+            known = meta.get("data_fingerprint")
+            if known is None or read_manifest(folder).fingerprint == known:
+                return str(folder)
+    return data
 
 
 def open_named(folder: str, key: str) -> Data:

@@ -180,13 +180,20 @@ def environment() -> dict[str, Any]:
 
 
 def git_commit(folder: Path) -> str | None:
-    """The commit of the checkout that `folder` is in, "-dirty" after it where tracked files differ; None outside of one."""
-    command = ["git", "-C", str(folder), "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
-    try:
-        answer = subprocess.run(command, capture_output=True, text=True, timeout=10)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return answer.stdout.strip() or None if answer.returncode == 0 else None
+    """The commit of the checkout that tracks `folder`, "-dirty" after it where tracked files differ; None outside of one.
+
+    A package installed into an environment inside somebody's repository is not tracked by it.
+    """
+
+    def git(*words: str) -> str | None:
+        command = ["git", "-C", str(folder), *words]
+        try:
+            answer = subprocess.run(command, capture_output=True, text=True, timeout=10)
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        return answer.stdout.strip() or None if answer.returncode == 0 else None
+
+    return git("describe", "--always", "--abbrev=40", "--dirty", "--exclude=*") if git("ls-files", ".") else None
 
 
 def out_of_space(error: BaseException | None) -> bool:
