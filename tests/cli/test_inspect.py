@@ -43,6 +43,7 @@ def test_evaluate_judges_the_use_of_the_vector(tiny_runs):
     assert vector["scored_tokens"] == 2 * (192 - 4) and set(vector["latents"]) == {"own", "foreign", "previous", "zero", "true"}
     cost = vector["latents"]["foreign"]["nats_per_token"]["estimate"] - vector["latents"]["own"]["nats_per_token"]["estimate"]
     assert vector["cost"]["estimate"] == pytest.approx(cost, abs=1e-6) and vector["protocol"]["samples"] == 2
+    assert vector["foreign_from_the_same_document"] == 0  # two blocks, far apart
     assert scores["lm"]["name"] == (vector["label"] or "CALM") == scores["against_bigram"]["first"]
     without = tiny.run(*words, "--vector-tokens", "0")
     assert "vector" not in without and without["lm"]["name"] == "CALM"

@@ -94,7 +94,7 @@ def vector_use(
     if writer is not None and not writer.config.use_latent:
         return NoVectorUse(name=model.name, reason="its decoder writes from the hidden state alone (use_latent is off)")
     opened = model.prepared_data(data)
-    blocks, documents, calibration, fitted_on = _calibrated_blocks(model, opened, split, max_tokens, least=2)
+    blocks, documents, calibration, fitted_on = _calibrated_blocks(model, opened, split, max_tokens, spread=True)
     if not enough_text(len(blocks), model.block_tokens // model.chunk_size):
         reason = f"split {split!r} holds {len(blocks)} blocks of {model.block_tokens} tokens beside those of the calibration"
         return NoVectorUse(name=model.name, reason=reason, verdict="not measured")
@@ -293,10 +293,11 @@ def cost(model: Bundle) -> tuple[Inference | None, Training | None]:
 
 
 def _calibrated_blocks(
-    model: Bundle, opened: Data, split: str, max_tokens: int | None, least: int = 1
+    model: Bundle, opened: Data, split: str, max_tokens: int | None, *, spread: bool = False
 ) -> tuple[Int[np.ndarray, "R T"], Int[np.ndarray, "R"], Int[np.ndarray, "Q T"], str]:
-    """Blocks to score (at least `least`, if there are so many) and the document of each; blocks to choose the smoothing on, and
-    a description of these.
+    """Blocks to score and the document of each; blocks to choose the smoothing on, and a description of these.
+
+    `spread`: at least two blocks, spread evenly over the split, so that they are of different texts; else its first ones.
     """
     blocks, documents = validation_blocks(opened, model.block_tokens, split, None)
     if split == "valid" or "valid" not in opened.manifest.splits:
@@ -309,8 +310,9 @@ def _calibrated_blocks(
         calibration, _ = validation_blocks(opened, model.block_tokens, "valid", CALIBRATION_BLOCKS * model.block_tokens)
         fitted_on = f"the first {len(calibration)} blocks of valid"
     if max_tokens is not None:
-        count = max(least, max_tokens // model.block_tokens)
-        blocks, documents = blocks[:count], documents[:count]
+        count = min(max(1 + spread, max_tokens // model.block_tokens), len(blocks))
+        chosen = np.arange(count) * len(blocks) // count if spread else np.arange(count)
+        blocks, documents = blocks[chosen], documents[chosen]
     return blocks, documents, calibration, fitted_on
 
 
