@@ -279,7 +279,9 @@ class Bundle:
         if data is None and not (Path(self.data) / "manifest.json").is_file():
             raise UsageError(f"{self.folder}: its data {self.data} is not there, nor beside the run; pass the folder as --data")
         opened = open_data(data if data is not None else self.data)
-        require_same_tokenizer(opened.tokenizer.fingerprint, self.tokenizer.fingerprint, f"model {self.folder}")
+        require_same_tokenizer(
+            opened.tokenizer.fingerprint, self.tokenizer.fingerprint, f"data {opened.folder}", str(self.folder)
+        )
         return opened
 
     def training_data(self, otherwise: Data) -> Data:

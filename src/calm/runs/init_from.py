@@ -54,7 +54,7 @@ class StartingPoint(NamedTuple):
     def require_tokenizer_of(self, data: Data) -> None:
         """Raises UsageError where the data's tokenizer is not the model's (without one: has another size)."""
         if self.tokenizer is not None:
-            require_same_tokenizer(data.tokenizer.fingerprint, self.tokenizer.fingerprint, f"init-from {self.where}")
+            require_same_tokenizer(data.tokenizer.fingerprint, self.tokenizer.fingerprint, f"data {data.folder}", self.where)
         elif data.tokenizer.vocab_size != self.config.vocab_size:
             raise UsageError(
                 f"init-from {self.where}: the model has {self.config.vocab_size} ids and the data's tokenizer "

@@ -151,7 +151,9 @@ def train_lm(
     else:
         autoencoder, tokenizer = load_autoencoder(out if goes_on else run.autoencoder, precision)
     if tokenizer is not None:
-        require_same_tokenizer(data.tokenizer.fingerprint, tokenizer.fingerprint, f"autoencoder {run.autoencoder}")
+        require_same_tokenizer(
+            data.tokenizer.fingerprint, tokenizer.fingerprint, f"data {data.folder}", run.autoencoder or init_from
+        )
     sizes = {name: getattr(autoencoder.config, name) for name in ("vocab_size", "chunk_size", "latent_dim")}
     run = dataclasses.replace(run, model=filled(run.model, **sizes))
     context = _chunks(run.train.num_tokens, run.model.chunk_size)

@@ -320,13 +320,20 @@ def load_tokenizer(spec: str | Path) -> Tokenizer:
         raise UsageError(f"tokenizer {path}: {error}") from error
 
 
-def require_same_tokenizer(found: str, expected: str, where: str) -> None:
-    """Compares two fingerprints. Raises UsageError: they differ, and ids of one vocabulary mean nothing in another."""
+def require_same_tokenizer(found: str, expected: str, where: str, model: str = "") -> None:
+    """Compares two fingerprints; ids of one vocabulary mean nothing in another.
+
+    Args:
+        found: fingerprint of the tokenizer of `where`.
+        expected: fingerprint that it should have: that of `model`, where one is given.
+
+    Raises:
+        UsageError: they differ.
+    """
     if found != expected:
-        raise UsageError(
-            f"{where}: made with another tokenizer (fingerprint {found}, expected {expected}); "
-            "prepare the data with --tokenizer PATH/tokenizer.json of the run"
-        )
+        remedy = f"; prepare the data with --tokenizer {Path(model) / 'tokenizer.json'}" if model else ""
+        whose = f", {model} has {expected}" if model else f", expected {expected}"
+        raise UsageError(f"{where}: made with another tokenizer (fingerprint {found}{whose}){remedy}")
 
 
 # -- parts ------------------------------------------------------------------------------------------------------------
