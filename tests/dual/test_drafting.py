@@ -12,11 +12,11 @@ from flax import nnx
 from calm.core.generate import SpecialIds, generate
 from calm.core.predictor import NextVector
 from calm.core.steps import Model, prepare
-from calm.core.transformer import TransformerConfig
 from calm.core.vocabulary import draw_places
 from calm.dual.drafting import Work, draft, drafting_cost, token_model_cost
 from calm.dual.speculation import Drafting, Proposer, Speculation, draw_uniforms
 from calm.errors import UsageError
+from calm.hybrid.backbone import HybridConfig
 from calm.rng import row_keys, stream
 from calm.text.chunking import NOTHING, chunk_prompt
 from calm.token.model import TokenLM, TokenLMConfig
@@ -206,7 +206,7 @@ def test_drafts_of_several_latents_follow_the_mixture_of_what_each_would_write(w
 
 def test_a_target_whose_state_is_a_recurrence_is_rewound():
     """What a rejected draft left behind is gone: the text is that of the same model alone."""
-    backbone = TransformerConfig(dim=8, num_layers=2, pattern="G,C", num_heads=2, num_kv_heads=2, inner_dim=8)
+    backbone = HybridConfig(dim=8, num_layers=2, pattern="G,C", num_heads=2, num_kv_heads=2, inner_dim=8)
     config = TokenLMConfig(vocab_size=V, backbone=backbone)
     graphdef, params = nnx.split(nnx.jit(lambda: config.build(rngs=nnx.Rngs(0)))())
     token_lm = nnx.merge(graphdef, jax.tree.map(lambda x: 3 * x if x.ndim > 1 else x, params))

@@ -104,7 +104,11 @@ def test_a_memory_in_two_parts_is_the_memory():
 
 def test_depths_are_tiled_over_the_layers():
     config = HopfieldConfig(refinements=(3, 2, 2, 1))
-    assert config.depths(6).sum(-1).tolist() == [3, 2, 2, 1, 3, 2] and config.depths(6)[3].tolist() == [True, False, False]
+    assert config.layer_constants(6).sum(-1).tolist() == [3, 2, 2, 1, 3, 2] and config.layer_constants(6)[3].tolist() == [
+        True,
+        False,
+        False,
+    ]
 
 
 @BOTH
@@ -114,7 +118,7 @@ def test_a_layer_of_one_depth_does_not_refine(config):
     graph, _ = nnx.split(flat)
     weights = {path: variable for path, variable in nnx.to_flat_state(nnx.state(deep)) if path[0] != "gate"}
     flat = nnx.merge(graph, nnx.from_flat_state(list(weights.items())))
-    first = config.depths(1)[0] & np.array([True, False, False])
+    first = config.layer_constants(1)[0] & np.array([True, False, False])
     masked, _ = CALL(deep, HIDDEN, None, window(), jnp.asarray(first))
     np.testing.assert_allclose(masked, CALL(flat, HIDDEN, None, window())[0], atol=1e-6)
     assert np.abs(masked - CALL(deep, HIDDEN, None, window())[0]).max() > 1e-3

@@ -13,6 +13,8 @@ import tiny
 from calm import config
 from calm.core.transformer import TransformerConfig
 from calm.errors import UsageError
+from calm.hybrid.backbone import of_pattern
+from calm.hybrid.hopfield import HopfieldConfig
 from calm.studies import catalogue, memory
 from calm.studies.catalogue import Listing
 from calm.studies.memory import (
@@ -182,7 +184,7 @@ def test_who_mixes_positions_copies_and_who_does_not_guesses(small_tasks):
     run = MemoryRun(task="copy-1", backbone=dataclasses.replace(SMALL, num_layers=1), steps=150, batch_size=16)
     able = train(run)
     assert able["accuracy"] == 1.0 and able["steps"] < 150 and able["nats_per_answer"] < 0.1
-    slots = dataclasses.replace(SMALL, pattern="H", hopfield=dataclasses.replace(SMALL.hopfield, num_slots=4, num_heads=2))
+    slots = of_pattern(SMALL, "H", mixers={"H": HopfieldConfig(num_slots=4, num_heads=2)})
     unable = train(dataclasses.replace(run, backbone=slots))
     assert abs(unable["accuracy"] - unable["chance"]) < 0.08 and unable["chance"] == 0.5
     assert unable["steps"] == 150 and len(unable["curve"]) == 3

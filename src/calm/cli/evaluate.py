@@ -9,6 +9,8 @@ import tyro
 
 from calm.errors import UsageError
 
+MODELS, BASELINES = ("world", "lm"), ("kn5+cache", "kn5", "bigram", "unigram")
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Evaluate:
@@ -94,6 +96,7 @@ class Evaluate:
                 name = scores["vector"].label or name
             scores["lm"] = dataclasses.replace(scores["lm"], name=name)
             scores["against_bigram"] = compare(scores["lm"], scores["bigram"])
+            scores["against_kn5+cache"] = compare(scores["lm"], scores["kn5+cache"])
         inference, training = cost(model)
         scores["flops"] = {"inference": inference, "training": training}
         if self.samples:
@@ -120,8 +123,9 @@ class Evaluate:
         parts = [scores["autoencoder"].table()] if "autoencoder" in scores else []
         if "lm" in scores:
             parts += [
-                brier_table([scores[name] for name in ("world", "lm", "bigram", "unigram") if name in scores]),
+                brier_table([scores[name] for name in (*MODELS, *BASELINES) if name in scores]),
                 scores["against_bigram"].table(),
+                scores["against_kn5+cache"].table(),
             ]
         if "vector" in scores:
             parts.append(scores["vector"].table())
@@ -133,6 +137,6 @@ class Evaluate:
         if cost:
             parts.append(cost)
         if "writing" in scores:
-            brier = {scores[name].name: scores[name].brier_lm for name in ("lm", "bigram", "unigram")}
+            brier = {scores[name].name: scores[name].brier_lm for name in ("lm", *BASELINES)}
             parts.append(scores["writing"].table(brier))
         return "\n\n".join(parts)

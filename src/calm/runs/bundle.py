@@ -23,6 +23,7 @@ from calm.errors import UsageError
 from calm.evaluate.blocks import text_protocol
 from calm.evaluate.brier import evaluate_predictor
 from calm.evaluate.closed_form import evaluate_ngrams, evaluate_world
+from calm.evaluate.kneser_ney_scores import evaluate_kneser_ney
 from calm.evaluate.perplexity import ScoredText
 from calm.evaluate.reconstruction import evaluate_autoencoder
 from calm.interop.published_files import read_json
@@ -59,6 +60,10 @@ from calm.train.matrix_rate import choose_precision
 from calm.worlds.registry import world_of
 
 DEFAULT_BLOCK_TOKENS = 1024
+KNESER_NEY_TOKENS = 64 * 1024
+"""held-out tokens that the Kneser-Ney baselines are fitted on"""
+COUNTED_TOKENS = 32 * 1024**2
+"""training tokens that they count at most; memory grows with them"""
 
 
 def load(folder: str | Path, *, precision: Literal["auto", "float32", "bfloat16"] = "float32") -> "Bundle":
@@ -213,8 +218,9 @@ class Bundle:
         `data` is a folder of prepared data, by default the one trained on; its tokenizer must be this model's. The n-gram
         models are fitted on what the model was trained on, where that is still at hand, else on the train split of `data`.
         `boundary_every`: tokens from one scored boundary to the next; 1 scores at every token, over all phases of the chunks.
-        The entries `autoencoder`, `lm`, `unigram` and `bigram` are report objects (`calm.evaluate.scores`), and so is `world`,
-        the law that wrote the text, where the data come from a world.
+        The entries `autoencoder`, `lm`, `unigram`, `bigram`, `kn5` and `kn5+cache` (Kneser-Ney 5-grams without and with a
+        cache of the block) are report objects (`calm.evaluate.scores`), and so is `world`, the distribution of the text,
+        where the data come from a world.
         """
         opened = self.prepared_data(data)
         blocks, documents = validation_blocks(opened, self.block_tokens, split, max_tokens)
@@ -238,7 +244,13 @@ class Bundle:
             )
             train = self.training_data(opened).split("train")
             options: dict[str, Any] = dict(chunk_size=self.chunk_size, boundary_every=boundary_every, text=text)
-            scores |= evaluate_ngrams(train, self.tokenizer.vocab_size, blocks, documents, **options)
+            vocab_size = self.tokenizer.vocab_size
+            scores |= evaluate_ngrams(train, vocab_size, blocks, documents, **options)
+            # their discounts and cache weights are fitted on text that is neither counted nor scored
+            held_out = None if split == "valid" else validation_blocks(opened, self.block_tokens, "valid", KNESER_NEY_TOKENS)[0]
+            scores |= evaluate_kneser_ney(
+                train, vocab_size, blocks, documents, held_out=held_out, orders=(5,), max_tokens=COUNTED_TOKENS, **options
+            )
             world = world_of(str(opened.manifest.source["name"]))
             if world is not None and opened.manifest.tokenizer["spec"] == WORDS:
                 scores["world"] = evaluate_world(world, blocks, documents, **options)

@@ -10,6 +10,7 @@ from calm.core.intervals import Interval
 from calm.evaluate.plots import brier_bars, noise_curves, training_curves
 from calm.evaluate.scores import brier_table
 from calm.runs import bundle, presets
+from calm.runs.evaluation import vector_use
 from calm.runs.stages import train_autoencoder, train_lm
 from calm.text.atomic_write import write_whole
 from calm.text.prepare import prepare
@@ -54,7 +55,10 @@ def quickstart(
     paths["plots"].mkdir(exist_ok=True)
     for stage in ("autoencoder", "lm"):
         training_curves(paths[stage] / "metrics.jsonl", paths["plots"] / f"training-{stage}.png")
-    reports = [scores[name] for name in ("unigram", "bigram", "lm", "world") if name in scores]
+    use = vector_use(model, split=split, seed=seed)
+    if use.verdict == "unused":
+        scores["lm"] = dataclasses.replace(scores["lm"], name=use.label)
+    reports = [scores[name] for name in ("unigram", "bigram", "kn5", "kn5+cache", "lm", "world") if name in scores]
     brier_bars(reports, paths["plots"] / "brier.png")
     noise_curves([scores["autoencoder"]], paths["plots"] / "noise.png")
 
@@ -63,12 +67,13 @@ def quickstart(
     result = {
         "out": str(out),
         "scores": {name: report.to_dict() for name, report in scores.items()},
+        "vector_use": use.to_dict(),
         "training_tokens_per_second": speed,
         "continuations": continuations,
         "pictures": [str(path) for path in sorted(paths["plots"].glob("*.png"))],
         "seconds": seconds,
     }
-    summary = _summary(scores, reports, speed, continuations, paths, seconds)
+    summary = _summary(scores, reports, use.finding, speed, continuations, paths, seconds)
     write_whole(out / "report.txt", summary + "\n")
     write_whole(out / "report.json", json.dumps(result, indent=2) + "\n")
     return {**result, "summary": summary}
@@ -94,6 +99,7 @@ def _training_speed(folder: Path) -> float:
 def _summary(
     scores: dict[str, Any],
     reports: list[Any],
+    vector: str,
     speed: float,
     continuations: list[dict[str, str]],
     paths: dict[str, Path],
@@ -102,8 +108,9 @@ def _summary(
     autoencoder, lm = scores["autoencoder"], scores["lm"]
     lines = [
         f"autoencoder   {_percent(autoencoder.token_accuracy)} of held-out tokens are right after a round trip",
-        f"BrierLM       {_value(lm.brier_lm)}, bigram {_value(scores['bigram'].brier_lm)}, "
-        f"unigram {_value(scores['unigram'].brier_lm)}",
+        f"BrierLM       {_value(lm.brier_lm)}, Kneser-Ney 5-gram {_value(scores['kn5'].brier_lm)}, "
+        f"with a cache {_value(scores['kn5+cache'].brier_lm)}",
+        f"vector        {vector}",
         f"speed         {speed:,.0f} tokens per second in training, {lm.tokens_per_second:,.0f} in evaluation",
         "",
         brier_table(reports),

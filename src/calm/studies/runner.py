@@ -110,7 +110,12 @@ def locked(folder: Path) -> Iterator[bool]:
 
 
 def with_seed(run: Run, seed: int) -> Run:
-    return dataclasses.replace(run, train=dataclasses.replace(run.train, seed=seed))
+    """The run with a seed, on the autoencoder of that seed where it names one that a study trained."""
+    train = dataclasses.replace(run.train, seed=seed)
+    codes = Path(getattr(run, "autoencoder", ""))
+    if codes.name == "seed-0" and codes.parent.name.startswith("autoencoder-"):
+        return dataclasses.replace(run, train=train, autoencoder=str(codes.with_name(f"seed-{seed}")))
+    return dataclasses.replace(run, train=train)
 
 
 def train_run(run: Run, out: str | Path) -> None:

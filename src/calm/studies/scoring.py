@@ -18,7 +18,7 @@ from calm.evaluate.scores import BrierReport, Comparison, compare
 from calm.evaluate.tables import interval_text, table
 from calm.rng import row_keys
 from calm.runs import bundle
-from calm.runs.evaluation import likelihood_bound, score_writing
+from calm.runs.evaluation import likelihood_bound, score_writing, vector_use
 from calm.studies.runner import cell_folder
 from calm.token.model import TokenLM
 from calm.token.sampler import SoftmaxSampler
@@ -35,6 +35,8 @@ class LanguageModelScore:
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     split: str = "test"
     max_tokens: int = 64 * 1024
+    vector_tokens: int = 8 * 1024
+    """tokens on which it is measured whether the decoder uses its vector"""
     bound_tokens: int = 8 * 1024
     bound_samples: int = 64
     """S of the likelihood bound; 0 = no bound"""
@@ -54,8 +56,17 @@ class LanguageModelScore:
             "protocol": report.protocol.line(),
             "brier_lm": report.brier_lm.estimate,
             "brier_n": [interval.estimate for interval in report.brier_n],
-            "bigram_brier_lm": scores["bigram"].brier_lm.estimate,
+            "baselines": {
+                scores[name].name: {
+                    "brier_lm": scores[name].brier_lm.estimate,
+                    "brier_n": [interval.estimate for interval in scores[name].brier_n],
+                    "nats_per_token": scores[name].nats_per_token.estimate,
+                }
+                for name in ("bigram", "kn5", "kn5+cache")
+            },
         }
+        use = vector_use(model, split=self.split, max_tokens=self.vector_tokens)
+        found["vector"] = {"verdict": use.verdict, "label": use.label} | use.scalars()
         if report.nats_per_token is not None and report.bits_per_byte is not None:
             found |= {"nats_per_token": report.nats_per_token.estimate, "bits_per_byte": report.bits_per_byte.estimate}
         elif self.bound_samples:
@@ -109,12 +120,28 @@ def results_table(results: Sequence[Mapping[str, Any]], columns: Mapping[str, Co
     """One row a cell: means with intervals over its seeds; `-` where a column has no value."""
     rows = []
     for name, own in by_cell(results).items():
-        row = [name, str(len(own))]
+        row = [row_name(name, own), str(len(own))]
         for column in columns.values():
             values = [value for value in map(column, own) if value is not None]
             row.append(over_seeds(values) if values else "-")
         rows.append(row)
     return table(["cell", "seeds", *columns], rows)
+
+
+def row_name(name: str, own: Sequence[Mapping[str, Any]]) -> str:
+    """A cell's name, with what its model is where no seed of it uses its vector."""
+    labels = {result.get("vector", {}).get("label", "") for result in own}
+    return f"{name}: {labels.pop()}" if len(labels) == 1 and labels != {""} else name
+
+
+def baselines_table(results: Sequence[Mapping[str, Any]]) -> str:
+    """The counted baselines on the text that the cells are scored on; the empty string where no cell has any."""
+    found = next((result["baselines"] for result in results if result.get("baselines")), {})
+    rows = [
+        [name, *(f"{value:.3f}" for value in (*of["brier_n"], of["brier_lm"], of["nats_per_token"]))]
+        for name, of in found.items()
+    ]
+    return table(["counted", "Brier-1", "Brier-2", "Brier-3", "Brier-4", "BrierLM", "nats"], rows) if rows else ""
 
 
 def by_cell(results: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
@@ -133,6 +160,7 @@ LANGUAGE_MODEL_COLUMNS: dict[str, Column] = {
     "BrierLM": lambda result: result["brier_lm"],
     "nats (<= for CALM)": lambda result: result.get("nats_per_token", result.get("nats_per_token_at_most")),
     "bits/byte (<=)": lambda result: result.get("bits_per_byte", result.get("bits_per_byte_at_most")),
+    "vector cost": lambda result: result.get("vector", {}).get("vector_cost"),
     "writes, T=1": lambda result: result.get("generated_tokens_per_second", {}).get("T=1 B=1"),
     "writes, T=.5": lambda result: result.get("generated_tokens_per_second", {}).get("T=.5 B=1"),
 }

@@ -20,7 +20,15 @@ from calm.runs import bundle, presets
 from calm.runs.stages import AutoencoderRun, LatentLMRun
 from calm.studies import catalogue
 from calm.studies.runner import RESULT, Cell, cell_folder, grid, locked, run_cells
-from calm.studies.scoring import BRIER, LANGUAGE_MODEL_COLUMNS, WRITING_COLUMNS, LanguageModelScore, against, results_table
+from calm.studies.scoring import (
+    BRIER,
+    LANGUAGE_MODEL_COLUMNS,
+    WRITING_COLUMNS,
+    LanguageModelScore,
+    against,
+    baselines_table,
+    results_table,
+)
 from calm.text.atomic_write import write_whole
 
 LATENT_DIMS = {1: 32, 2: 48, 4: 64, 8: 128}
@@ -122,7 +130,7 @@ class Place:
     out: Path
 
     def autoencoder(self, chunk_size: int) -> Path:
-        """The run folder of the autoencoder for K."""
+        """The run folder of the autoencoder for K; a cell of another seed takes that seed's (`with_seed`)."""
         return self.out / f"autoencoder-k{chunk_size}" / "seed-0"
 
 
@@ -143,13 +151,12 @@ class LanguageModelStudy(abc.ABC):
         return [Cell(name=f"autoencoder-k{k}", run=_autoencoder(base, place, k)) for k in self.chunk_sizes]
 
     def run(self, request: Request) -> dict[str, Any]:
-        """Runs what is missing. Autoencoders are trained with the first seed only and shared by all cells; a budget pays
-        for them too."""
+        """Runs the cells that are missing. Every seed has an autoencoder of its own, which the budget pays for too."""
         place = Place(str(request.data), request.out)
         cells = request.select(self.cells(place, request.budget))
         needed = {cell.run.autoencoder for cell in cells if isinstance(cell.run, LatentLMRun)}
         stage_1 = [cell for cell in self.autoencoders(place) if str(cell_folder(request.out, cell.name, 0)) in needed]
-        run_cells(stage_1, request.out, seeds=(0,), score=held_out_accuracy, log=request.log)
+        run_cells(stage_1, request.out, seeds=request.seeds, score=held_out_accuracy, log=request.log)
         results = run_cells(cells, request.out, seeds=request.seeds, score=request.score, log=request.log)
         return request.written(results, comparison(cells, results, request))
 
@@ -170,12 +177,13 @@ def comparison(cells: Sequence[Cell], results: Sequence[dict[str, Any]], request
         f"{request.title}; {results[0]['protocol']}",
         results_table(results, LANGUAGE_MODEL_COLUMNS),
         "mean ± 95 % interval over seeds",
+        baselines_table(results),
     ]
     if any("writing T=1" in result for result in results):
         parts.append(results_table([*results, _held_out(results)], WRITING_COLUMNS))
     if pairs:
         parts += [comparison_table(pairs), "paired bootstrap over the text, each cell the mean of its seeds"]
-    return "\n\n".join(parts)
+    return "\n\n".join(part for part in parts if part)
 
 
 def _held_out(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
