@@ -25,15 +25,15 @@ def test_cells_differ_in_their_autoencoder_and_in_nothing_else(tmp_path):
     models = {cell.name.removeprefix("autoencoder-"): cell.run.model for cell in (first, *others)}
     assert list(models) == list(SPACES)
     assert dataclasses.replace(models["spherical-k4"], posterior="gaussian") == models["gaussian-k4"]
-    assert dataclasses.replace(models["hierarchical-k16"], lower_chunk_size=0) == models["gaussian-k16"]
-    assert [others[-1].run.loss.lower_weight, others[-2].run.loss.lower_weight] == [0.0, 1.0]
+    assert dataclasses.replace(models["hierarchical-k16"].lower, chunk_size=16, latent_dim=256) == models["gaussian-k16"]
+    assert [others[-1].run.model.lower_weight, others[-2].run.model.lower_weight] == [0.0, 1.0]
     for seed in (0, 3):
         cells = language_models(place, 8e13, seed, RECIPE)
         assert [cell.run.autoencoder for cell in cells] == [
             str(tmp_path / f"autoencoder-{name}/seed-{seed}") for name in SPACES
         ]
         assert len({config.to_toml(dataclasses.replace(cell.run, autoencoder="")) for cell in cells}) == 1
-        assert all(cell.budget == 8e13 and cell.run.loss.auxiliary_weight == 1 for cell in cells)
+        assert all(cell.budget == 8e13 and cell.run.loss.weight("auxiliary") == 1 for cell in cells)
 
 
 def test_a_lower_level_has_a_row_of_its_own():

@@ -90,7 +90,7 @@ def evaluate_world(
     for place, column in enumerate(blocks.T):
         if place in places:
             matches.append(world.self_match(state))
-        probability[:, place] = world.law(state)[np.arange(rows), column]
+        probability[:, place] = world.distribution(state)[np.arange(rows), column]
         state = world.read(state, column)
     if not (probability > 0).all():
         raise UsageError(f"world {world.name}: the blocks hold text that it never writes; was it prepared from it?")

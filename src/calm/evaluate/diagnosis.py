@@ -111,7 +111,7 @@ class Diagnosis:
 
 REMEDIES = {
     "codec round trip": "No language model can repair it: train the autoencoder longer or wider (see calm inspect autoencoder)",
-    "head mean": "The backbone has learned the marginal only: raise loss.auxiliary_weight, train longer, or use smaller chunks",
+    "head mean": "The backbone has learned the marginal only: raise the auxiliary term, train longer, or use smaller chunks",
     "vector use": "The decoder does without its vector: give it less to read besides, or train the head for longer",
     "one sample": "The mean moves and single draws do not: more samples S in training, a larger head, or drawn decoding",
     "voted sample": "The model agrees with itself on something wrong: look for a collapsed head, or sample at a higher T",
