@@ -13,6 +13,7 @@ from flax import nnx
 from calm.core.dense import PRECISIONS
 from calm.core.energy_score import energy_loss
 from calm.core.gaussian import Gaussian
+from calm.core.head import Head
 from calm.errors import UsageError
 from calm.heads.gated import GATE_BINS, GatedEnergyHead, GatedEnergyHeadConfig
 from jaxpr_flops import matmul_flops

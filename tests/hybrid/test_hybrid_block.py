@@ -12,8 +12,9 @@ from calm.core.mixer import LayerInputs, Window
 from calm.core.transformer import TransformerConfig
 from calm.core.unrolled import unrolled, unstack
 from calm.errors import UsageError
+from calm.hybrid.backbone import HybridConfig
 from calm.hybrid.gates import GatedMixer
-from hybrid_models import CONFIGS, DIM, EVERY, SIZES, begun, built, hidden, read, whole
+from hybrid_models import CONFIGS, DIM, EVERY, begun, built, hidden, read, whole
 from jaxpr_flops import matmul_flops
 
 BATCH, LENGTH = 2, 7
@@ -125,7 +126,7 @@ def test_a_state_that_cannot_be_rewound_says_so():
 
 
 def test_the_gated_mixer_is_the_mean_of_its_paths_under_its_shares():
-    mixers = {letter: CONFIGS["reasoner"].mixer(letter) for letter in "CA"}
+    mixers = {"C": CONFIGS["by turns"].mixer("C"), "A": CONFIGS["reasoner"].mixer("A")}
     mixer = nnx.jit(lambda: GatedMixer(DIM, mixers, rngs=nnx.Rngs(0), precision="float32"))()
 
     @jax.jit
@@ -170,7 +171,7 @@ def test_the_transformer_keeps_the_names_of_its_weights():
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"pattern": "SX"}, "unknown letter 'X'; there are A attention, S selective"),
+        ({"pattern": "SX"}, "unknown letter 'X'; there are A, S, C, H, G"),
         ({"pattern": "SHS"}, "a letter twice in group 'SHS'"),
         ({"pattern": "C,,H"}, "a group without letters"),
         ({"pattern": ""}, "a group without letters"),
@@ -181,11 +182,11 @@ def test_the_transformer_keeps_the_names_of_its_weights():
 )
 def test_patterns_that_do_not_fit_are_refused(options, words):
     with pytest.raises(UsageError, match=words):
-        dataclasses.replace(TransformerConfig(num_layers=2, **SIZES), **options)
+        HybridConfig(**{"num_layers": 2, "num_heads": 2, "num_kv_heads": 1, "dim": DIM, **options})
 
 
 def test_an_unknown_gradient_is_refused():
-    config = TransformerConfig()
+    config = HybridConfig()
     object.__setattr__(config, "reasoner_gradient", "half")  # past the type checks of the test run
     with pytest.raises(UsageError, match="reasoner_gradient must be one_step or full, got 'half'"):
         config.__post_init__()

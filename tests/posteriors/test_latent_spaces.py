@@ -153,7 +153,8 @@ def test_flops_of_training_are_three_times_the_products_of_the_loss(weight, monk
 
 @pytest.mark.parametrize("config", [SPHERE, LEVELS], ids=["sphere", "levels"])
 def test_a_few_steps_lower_the_loss_of_every_level(config):
-    config = dataclasses.replace(config, latent_dim=16, lower_latent_dim=8, dim=16)
+    lower = {"lower_latent_dim": 8} if config.kind == "hierarchical" else {}
+    config = dataclasses.replace(config, latent_dim=16, dim=16, **lower)
     objective = AutoencoderObjective(config, AutoencoderLossConfig(random_chunks=0.0), mask_id=2)
     tokens, optimizer = jnp.asarray(CHUNKS.reshape(3, 24)), optax.adam(1e-2)
 

@@ -11,9 +11,11 @@ from pathlib import Path
 import pytest
 
 import tiny
+from calm.core.objective import EnergyTerm
 from calm.core.transformer import TransformerConfig
 from calm.decoders.context_decoder import ContextDecoderConfig
 from calm.errors import UsageError
+from calm.heads.terms import AuxiliaryTerm
 from calm.runs.stages import LatentLMRun, TokenLMRun, load_run_config
 from calm.studies import catalogue, runner
 from calm.studies.catalogue import Listing
@@ -52,7 +54,7 @@ def test_a_budget_pays_for_the_autoencoder_too(tiny_runs):
 
 def test_terms_that_come_and_go_do_so_at_the_same_part_of_a_shorter_run(tiny_runs):
     run = latent_run(tiny_runs)
-    loss = dataclasses.replace(run.loss, auxiliary_weight=1.0, auxiliary_decay_steps=100, energy_from_step=50)
+    loss = run.loss.with_terms(AuxiliaryTerm(decay_steps=100), EnergyTerm(from_step=50))
     train = dataclasses.replace(run.train, steps=100)
     run = dataclasses.replace(run, loss=loss, train=train)
     step = flops_per_token(run) * train.batch_size * train.num_tokens
@@ -108,13 +110,13 @@ def test_a_grid_is_every_combination_under_its_own_name(tiny_runs):
     axes = parse_axes(["loss.terms.auxiliary.weight=0,3", "train.optimizer.learning_rate=1e-3"])
     found = grid(cells, axes)
     assert [cell.name for cell in found] == [
-        "calm-auxiliary_weight=0-learning_rate=1e-3",
-        "calm-auxiliary_weight=3-learning_rate=1e-3",
+        "calm-auxiliary.weight=0-learning_rate=1e-3",
+        "calm-auxiliary.weight=3-learning_rate=1e-3",
     ]
     last = found[1].run
     assert isinstance(last, LatentLMRun) and last.loss.weight("auxiliary") == 3.0 and last.train.optimizer.learning_rate == 1e-3
-    with pytest.raises(UsageError, match="unknown key 'loss.auxilary_weight'"):
-        grid(cells, {"loss.auxilary_weight": ["1"]})
+    with pytest.raises(UsageError, match="expected one of 'energy'.*got 'auxilary'"):
+        grid(cells, {"loss.terms.auxilary.weight": ["1"]})
     with pytest.raises(UsageError, match="expected KEY=VALUE,VALUE"):
         parse_axes(["loss.alpha"])
 

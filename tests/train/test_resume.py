@@ -10,11 +10,11 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from toy_training import CONFIG_TEXT, SAVE_EVERY, STEPS, ToyBatches, ToyObjective, evaluate, run
 
 from calm.errors import Preempted, UsageError
 from calm.train.checkpoint import Checkpoints, load_parameters, parameter_target
 from calm.train.run_folder import best_step, read_records
+from toy_training import CONFIG_TEXT, SAVE_EVERY, STEPS, ToyBatches, ToyObjective, evaluate, run
 
 
 class Uninterrupted:
@@ -38,7 +38,7 @@ def assert_same_end(uninterrupted, folder, batches, result):
 
 
 def in_another_process(folder: Path, name: str, at: int) -> subprocess.CompletedProcess:
-    program = Path(__file__).with_name("toy_training.py")
+    program = Path(__file__).parent.parent / "toy_training.py"
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, str(program), str(folder), name, str(at)]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)

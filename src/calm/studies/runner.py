@@ -231,7 +231,8 @@ def variants(configured: T, axes: Mapping[str, Sequence[str]]) -> Iterator[tuple
         varied, suffix = configured, ""
         for key, value in zip(axes, values, strict=True):
             varied = configuration.from_dict(type(varied), _nested(key, value), varied, where=f"grid {key}={value}")
-            suffix += f"-{key.rsplit('.', 1)[-1]}={value}"
+            parts = key.split(".")
+            suffix += f"-{'.'.join(parts[-2:] if 'terms' in parts else parts[-1:])}={value}"
         yield suffix, varied
 
 
