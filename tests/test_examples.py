@@ -13,8 +13,14 @@ SMALLER = {
     "01_autoencoder.py": "--out out --source text --tokenizer bytes --steps 3 --dim 16 --num-tokens 192".split(),
     "02_next_vector_lm.py": "--out out --steps 3 --dim 64 --layers 1 --num-tokens 192".split(),
     "03_generate_and_score.py": "out/lm --max-tokens 8 --score-tokens 256 --candidates 4".split(),
+    "calm_in_one_file.py": "--autoencoder-steps 2 --lm-steps 2 --characters 6000".split(),
 }
-SAYS = {"01_autoencoder.py": "held-out tokens", "02_next_vector_lm.py": "comes one of", "03_generate_and_score.py": "BrierLM"}
+SAYS = {
+    "01_autoencoder.py": "held-out tokens",
+    "02_next_vector_lm.py": "comes one of",
+    "03_generate_and_score.py": "BrierLM",
+    "calm_in_one_file.py": "BrierLM",
+}
 
 
 def test_every_example_is_run():

@@ -89,7 +89,9 @@ def test_no_file_over_500_lines():
 
 
 def test_examples_stay_within_a_hundred_lines():
-    long = [file.name for file in (ROOT / "examples").glob("*.py") if len(file.read_text().splitlines()) > 100]
+    """But for the paper in one file, which is to be read as a whole."""
+    files = set((ROOT / "examples").glob("*.py")) - {ROOT / "examples" / "calm_in_one_file.py"}
+    long = [file.name for file in files if len(file.read_text().splitlines()) > 100]
     assert not long, long
 
 
