@@ -13,14 +13,20 @@ import pytest
 from flax import nnx
 
 from calm.core.autoencoder import AutoencoderConfig
-from calm.core.backbone import BackboneConfig
 from calm.core.brier_lm import brier_argmax, brier_lm
 from calm.core.counts import tally
 from calm.core.energy_head import EnergyHeadConfig
 from calm.core.energy_score import energy_loss, plain_energy_loss
 from calm.core.latent_lm import LatentLMConfig
-from calm.core.objective import AutoencoderLossConfig, AutoencoderObjective, LatentLossConfig, LatentObjective
+from calm.core.objective import (
+    AutoencoderLossConfig,
+    AutoencoderObjective,
+    EnergyTerm,
+    LatentLossConfig,
+    LatentObjective,
+)
 from calm.core.temperature import BatchTemperature, log_weights
+from calm.core.transformer import TransformerConfig
 from calm.evaluate.ngram import Unigram, exact_brier
 from calm.rng import stream
 from random_models import normal, random_model
@@ -54,7 +60,7 @@ LM = LatentLMConfig(
     vocab_size=11,
     chunk_size=4,
     latent_dim=6,
-    backbone=BackboneConfig(dim=16, num_layers=3, num_heads=4, num_kv_heads=2, inner_dim=20),
+    backbone=TransformerConfig(dim=16, num_layers=3, num_heads=4, num_kv_heads=2, inner_dim=20),
     head=EnergyHeadConfig(num_blocks=2, noise_dim=5),
 )
 KEY = jax.random.key(7)
@@ -169,7 +175,7 @@ def test_the_loss_of_stage_1_and_its_gradient(models):
 def test_the_loss_of_stage_2_and_its_gradient(models):
     autoencoder, lm, frozen, weights = models
     chunks = chunks_of(BATCH, CHUNKS + 1)
-    terms = LatentLossConfig(num_samples=SAMPLES, num_draws=DRAWS, fidelity="draws")
+    terms = LatentLossConfig.of(EnergyTerm(num_draws=DRAWS, fidelity="draws"), num_samples=SAMPLES)
     objective = LatentObjective(LM, terms, autoencoder, context=CHUNKS)
     arguments = ({"lm": nnx.state(lm)}, objective.frozen, chunks.reshape(BATCH, -1), KEY)
     (theirs, _), gradient = jax.value_and_grad(objective.loss, has_aux=True)(*arguments)
