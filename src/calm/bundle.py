@@ -231,13 +231,15 @@ class Bundle:
 
     def export(self, folder: str | Path, card: ModelCard | None = None) -> None:
         """Writes safetensors, config.json, tokenizer.json and a model card."""
+        options: dict[str, Any] = dict(tokenizer=self.tokenizer.save)
+        if self.lm is None:
+            export_autoencoder(self._require_autoencoder(), folder, **options)
+            return
+        options |= dict(card=card, block_tokens=self.block_tokens)
         if isinstance(self.lm, TokenLM):
-            export_token_lm(self.lm, folder, card, block_tokens=self.block_tokens)
-        elif self.lm is None:
-            export_autoencoder(self._require_autoencoder(), folder)
+            export_token_lm(self.lm, folder, **options)
         else:
-            export_latent_lm(self.lm, self._require_autoencoder(), folder, card=card, block_tokens=self.block_tokens)
-        self.tokenizer.save(Path(folder) / "tokenizer.json")
+            export_latent_lm(self.lm, self._require_autoencoder(), folder, **options)
 
     @property
     def name(self) -> str:

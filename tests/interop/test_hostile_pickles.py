@@ -301,6 +301,10 @@ plausible = small_shapes.flatmap(
         st.builds(storage, st.sampled_from(["FloatStorage", "IntStorage"])),
     )
 )
+kept = st.builds(
+    lambda part, slot: part + slot, plausible, st.sampled_from([b"\x94", b"q\x00", b"q\x01", b"r\x02\x00\x00\x00"])
+)
+again = st.sampled_from([b"h\x00", b"h\x01", b"j\x02\x00\x00\x00"])
 bare = st.sampled_from(BARE).map(lambda code: bytes([code]))
 repeated = st.builds(
     lambda code, times: code * times,
@@ -329,7 +333,7 @@ instructions = st.one_of(
 programs = st.one_of(
     st.lists(instructions, max_size=30).map(lambda parts: b"\x80\x02" + b"".join(parts) + b"."),
     st.lists(instructions, max_size=12).map(lambda parts: state(b"".join(parts))),
-    st.lists(st.one_of(plausible, plausible, plausible, tensors, instructions), max_size=4).map(
+    st.lists(st.one_of(plausible, kept, again, plausible, tensors, instructions), max_size=5).map(
         lambda parts: state(b"".join(text(f"x{index}") + part for index, part in enumerate(parts)))
     ),
 )

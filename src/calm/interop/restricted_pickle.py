@@ -142,9 +142,10 @@ class _Storages:
         data = np.empty(needed, np.uint8)
         with self._archive.open(entry) as member:
             for start in range(0, needed, LARGEST_READ):
-                piece = data[start : start + LARGEST_READ]
-                if member.readinto(piece) != len(piece):
+                piece = member.read(min(LARGEST_READ, needed - start))
+                if len(piece) < min(LARGEST_READ, needed - start):
                     raise EOFError
+                data[start : start + len(piece)] = np.frombuffer(piece, np.uint8)
         if storage.dtype == np.bool_ and data.max(initial=0) > 1:
             raise UsageError(f"{where}: storage {name} holds bytes that are not booleans")
         flat = data.view(storage.dtype)
