@@ -16,6 +16,7 @@ from calm.errors import UsageError
 from calm.interop.restricted_pickle import load_torch
 from calm.interop.tensor_pickle import shown
 
+LARGEST_SIZE = 2**31 - 1  # of any width, count or length in config.json
 LARGEST_JSON = 16 << 20  # bytes; an index file has about 100 for each weight
 _FIXED = {"hidden_act": "silu", "rms_norm_eps": 1e-6, "mlp_bias": False, "attention_bias": False, "rope_scaling": None}
 
@@ -28,7 +29,7 @@ class PublishedConfig:
         self.values = read_json(self.path)
         for key, value in _FIXED.items():
             if self.values.get(key, value) != value:
-                raise UsageError(f"{self.path}: {key} is {reprlib.repr(self.values[key])}; only {value!r} is supported")
+                raise UsageError(f"{self.path}: {key} is {_brief(self.values[key])}; only {value!r} is supported")
 
     def number(self, key: str) -> float:
         """Value of `key` as a finite float."""
@@ -38,20 +39,22 @@ class PublishedConfig:
         except OverflowError:
             number = math.inf
         if not math.isfinite(number):
-            raise UsageError(f"{self.path}: {key} should be a finite number, got {reprlib.repr(value)}")
+            raise UsageError(f"{self.path}: {key} should be a finite number, got {_brief(value)}")
         return number
 
     def integer(self, key: str, default: int | None = None) -> int:
-        """Value of `key`, or `default` where it is missing, as a whole number of at least 1."""
+        """Value of `key`, or `default` where it is missing, as a whole number from 1 to LARGEST_SIZE."""
         value = self._value(key, default)
         if not isinstance(value, int) or value < 1:
-            raise UsageError(f"{self.path}: {key} should be a whole number of at least 1, got {reprlib.repr(value)}")
+            raise UsageError(f"{self.path}: {key} should be a whole number of at least 1, got {_brief(value)}")
+        if value > LARGEST_SIZE:
+            raise UsageError(f"{self.path}: {key} should be a whole number of at most {LARGEST_SIZE}, got {_brief(value)}")
         return value
 
     def _value(self, key: str, default: int | None) -> int | float:
         value = self.values.get(key, default)
         if isinstance(value, bool) or not isinstance(value, int | float):
-            found = "is missing" if value is None else f"got {reprlib.repr(value)}"
+            found = "is missing" if value is None else f"got {_brief(value)}"
             raise UsageError(f"{self.path}: {key} should be a number, {found}")
         return value
 
@@ -105,6 +108,10 @@ class PublishedWeights:
         if self.arrays:
             first = shown(min(self.arrays))
             raise UsageError(f"{self.where}: {len(self.arrays)} weights that this model does not have, the first is {first!r}")
+
+
+def _brief(value: Any) -> str:
+    return shown(reprlib.repr(value))
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -35,7 +35,8 @@ def replace_files(folder: Path, files: Mapping[str, Writer], *, marker: str, own
     folder.parent.mkdir(parents=True, exist_ok=True)
     inside = folder.is_dir() and not _can_be_moved(folder)
     parent = folder if inside else folder.parent
-    _remove_stale(parent)
+    for place in (folder.parent, folder):
+        _remove_stale(place)
     staged = parent / f"{_PREFIX}{secrets.token_hex(4)}.{os.getpid()}.{_host()}{_SUFFIX}"
     nearer = folder / staged.name
     try:
