@@ -7,6 +7,7 @@ neither deep nor much shared values cost more than the instructions that built t
 
 import math
 import pickletools
+import warnings
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -65,7 +66,8 @@ class Tensor(NamedTuple):
 def interpret(data: bytes) -> Any:
     """The value that a pickle describes, of None, numbers, text, tuples, lists, dicts with text keys, and our named tuples."""
     try:
-        return _run(data)
+        with warnings.catch_warnings(action="ignore"):  # pickletools warns of escapes in text of kinds that are refused anyway
+            return _run(data)
     except (ValueError, LookupError) as error:  # of pickletools, of an empty stack, of a memo that was never written
         raise Refused(f"its pickle cannot be read so: {shown(error)}") from error
 
@@ -186,5 +188,5 @@ def _is_size(number: Any) -> bool:
 
 
 def shown(text: object) -> str:
-    """The beginning of `text` for a message: one line, without control characters."""
-    return ascii(str(text)[:80])[1:-1]
+    """Beginning of `text` for a message: at most 200 characters of one line, all printable."""
+    return "".join(each if each.isprintable() else ascii(each)[1:-1] for each in str(text)[:80])[:200]
