@@ -7,12 +7,14 @@ import stat
 import numpy as np
 import pytest
 from flax import nnx
+from safetensors.numpy import load_file, save_file
 
 from calm.core.autoencoder import AutoencoderConfig
 from calm.core.energy_head import EnergyHeadConfig
 from calm.core.latent_lm import LatentLMConfig
 from calm.core.transformer import TransformerConfig
 from calm.errors import CalmError, UsageError
+from calm.runs import folders, whole_folder
 from calm.runs.folders import (
     ModelCard,
     export_autoencoder,
@@ -39,6 +41,10 @@ def assert_same(one, other):
     assert one.config == other.config and ours.keys() == theirs.keys()
     for name in ours:
         assert ours[name].dtype == theirs[name].dtype and ours[name].tobytes() == theirs[name].tobytes(), name
+
+
+def contents(folder):
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def test_round_trip_is_exact_and_readable_by_everyone(models, tmp_path):
@@ -154,3 +160,82 @@ def test_transposed_arrays_are_written_in_their_logical_order(models, tmp_path):
     state["embedding"] = state["embedding"].replace(np.asfortranarray(table))
     export_autoencoder(nnx.merge(graphdef, state), tmp_path)
     np.testing.assert_array_equal(load_exported_autoencoder(tmp_path).table, table)
+
+
+def test_large_weights_go_to_shards_with_an_index(models, tmp_path):
+    lm, autoencoder = models
+    whole, sharded = tmp_path / "whole", tmp_path / "sharded"
+    limit = 1000
+    export_latent_lm(lm, autoencoder, whole)
+    export_latent_lm(lm, autoencoder, sharded, max_shard_bytes=limit)
+    assert_same(lm, load_exported_latent_lm(sharded))
+    assert_same(autoencoder, load_exported_autoencoder(sharded))
+    index, weights = json.loads((sharded / "model.safetensors.index.json").read_text()), flat_weights(lm)
+    files = sorted(set(index["weight_map"].values()))
+    assert len(files) > 2 and files == [f"model-{n:05}-of-{len(files):05}.safetensors" for n in range(1, len(files) + 1)]
+    assert index["metadata"]["total_size"] == sum(array.nbytes for array in weights.values())
+    shards = {file: load_file(sharded / file) for file in files}
+    assert {name: file for file in files for name in shards[file]} == index["weight_map"]
+    assert all(len(shard) == 1 or sum(array.nbytes for array in shard.values()) <= limit for shard in shards.values())
+    assert not (sharded / "model.safetensors").exists() and (sharded / "autoencoder" / "model.safetensors.index.json").exists()
+    export_latent_lm(lm, autoencoder, sharded)  # the shards of the export before do not stay
+    assert contents(sharded) == contents(whole)
+    with pytest.raises(UsageError, match="max_shard_bytes must be at least 1, got 0"):
+        export_autoencoder(autoencoder, tmp_path / "none", max_shard_bytes=0)
+
+
+def test_a_shard_that_is_missing_or_wrong_is_named(models, tmp_path):
+    export_autoencoder(models[1], tmp_path, max_shard_bytes=1)
+    first = next(iter(tmp_path.glob("model-00001-of-*.safetensors")))
+    save_file({"other": np.ones(1, np.float32)}, first)
+    with pytest.raises(UsageError, match="model.safetensors.index.json: weight .* is not in model-00001"):
+        load_exported_autoencoder(tmp_path)
+    first.unlink()
+    with pytest.raises(UsageError, match="model-00001-of-.*: cannot be read"):
+        load_exported_autoencoder(tmp_path)
+
+
+@pytest.mark.parametrize("limit", [500, 4_000_000_000])
+def test_equal_weights_give_equal_bytes(models, tmp_path, limit):
+    first = tmp_path / "first"
+    export_latent_lm(*models, first, max_shard_bytes=limit)
+    for number in range(6):
+        export_latent_lm(*models, tmp_path / str(number), max_shard_bytes=limit)
+        assert contents(tmp_path / str(number)) == contents(first)
+
+
+def test_what_an_export_before_had_more_does_not_stay_and_files_of_others_do(models, tmp_path):
+    lm, autoencoder = models
+    export_latent_lm(lm, autoencoder, tmp_path, tokenizer=lambda path: path.write_text("{}"))
+    for name in ("notes.txt", "autoencoder/notes.txt"):
+        (tmp_path / name).write_text(name)
+    export_autoencoder(autoencoder, tmp_path)
+    assert contents(tmp_path).keys() == {"config.json", "model.safetensors", "notes.txt", "autoencoder/notes.txt"}
+    assert_same(autoencoder, load_exported_autoencoder(tmp_path))
+
+
+@pytest.mark.parametrize("moment", ["model.safetensors", "autoencoder/model.safetensors", "config.json", "tokenizer.json"])
+def test_killed_while_writing_any_file_an_export_is_the_old_one(models, tmp_path, moment, monkeypatch):
+    """Both models at once: never a new autoencoder beside an old language model."""
+    lm, autoencoder = models
+    other = random_model(autoencoder.config, seed=5), random_model(lm.config, seed=6)
+    folder = tmp_path / "out"
+    export_latent_lm(lm, autoencoder, folder, tokenizer=lambda path: path.write_text("old"))
+    before = contents(folder)
+    replace = whole_folder.replace_files
+
+    def until(folder, files, **rest):
+        def stop(path):
+            raise KeyboardInterrupt
+
+        replace(folder, {**files, moment: stop}, **rest)
+
+    monkeypatch.setattr(folders, "replace_files", until)
+    with pytest.raises(KeyboardInterrupt):
+        export_latent_lm(other[1], other[0], folder, tokenizer=lambda path: path.write_text("new"))
+    assert contents(folder) == before and [path.name for path in tmp_path.iterdir()] == ["out"]
+    monkeypatch.setattr(folders, "replace_files", replace)
+    export_latent_lm(other[1], other[0], folder, tokenizer=lambda path: path.write_text("new"))
+    assert_same(other[0], load_exported_autoencoder(folder))
+    assert_same(other[1], load_exported_latent_lm(folder))
+    assert (folder / "tokenizer.json").read_text() == "new"

@@ -5,8 +5,8 @@ from typing import Any
 
 from calm.errors import UsageError
 from calm.interop import official
-from calm.interop.published_files import read_json
-from calm.runs.folders import TOKENIZER, ModelCard, export_autoencoder, export_latent_lm
+from calm.runs.folders import ModelCard, export_autoencoder, export_latent_lm
+from calm.runs.weight_files import read_json
 from calm.text.tokenizer import Tokenizer, load_tokenizer
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
@@ -37,6 +37,7 @@ def import_official(
     _require_model(folder)
     source = _tokenizer_file(folder, tokenizer)
     words = load_tokenizer(source) if source is not None else None
+    save = words.save if words is not None else None
     settings = official.training_settings(folder)
     if official.holds_language_model(folder):
         lm = official.load_latent_lm(folder)
@@ -44,17 +45,15 @@ def import_official(
         _check_tokenizer(words, source, lm.config.vocab_size)
         card = ModelCard(summary=f"Imported from the published PyTorch checkpoint `{folder.resolve().name}`.")
         length = official.block_tokens(folder)
-        export_latent_lm(lm, stage_1, out, card=card, block_tokens=length, training=settings)
+        export_latent_lm(lm, stage_1, out, card=card, block_tokens=length, training=settings, tokenizer=save)
         kind, config = "latent_lm", lm.config
     elif autoencoder is not None:
         raise UsageError(f"{folder}: holds an autoencoder itself; --autoencoder is for a language model")
     else:
         stage_1 = official.load_autoencoder(folder)
         _check_tokenizer(words, source, stage_1.config.vocab_size)
-        export_autoencoder(stage_1, out, training=settings)
+        export_autoencoder(stage_1, out, training=settings, tokenizer=save)
         kind, config = "autoencoder", stage_1.config
-    if words is not None:
-        words.save(out / TOKENIZER)
     return {
         "kind": kind,
         "parameters": config.parameters(),

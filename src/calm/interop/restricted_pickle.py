@@ -1,176 +1,167 @@
-"""Reads the weights that `torch.save` wrote, without torch and without running anything.
+"""Reads the weights that `torch.save` wrote, without torch and without running anything from the file.
 
-A `.bin` is a zip archive: `data.pkl`, a pickle that describes the tensors, and one file `data/<key>` for each storage. A pickle
-is a program. This reader knows three words of it, tensor, storage and OrderedDict, and refuses the file at any other before it
-is executed: first the opcodes are walked without effect, then the unpickler resolves names from a fixed table only.
+A `.bin` is a zip archive: `data.pkl`, a pickle that describes the tensors, and one member `data/<key>` for each storage. The
+pickle goes through `calm.interop.tensor_pickle`, which executes nothing and bounds its own time and memory. For the rest the
+size of the file is the bound: members are stored, not compressed, each byte of the file is read at most once, and a tensor has
+no more elements than its storage.
 """
 
 import io
-import pickle
-import pickletools
+import math
+import os
+import stat
+import struct
 import zipfile
 from pathlib import Path
-from typing import Any, NamedTuple
 
-import ml_dtypes
 import numpy as np
 
-from calm.errors import UsageError
+from calm.errors import CalmError, UsageError
+from calm.interop.tensor_pickle import Refused, Storage, Tensor, interpret
+from calm.runs.weight_files import shown
 
-STORAGE_TYPES = {
-    "DoubleStorage": np.dtype(np.float64),
-    "FloatStorage": np.dtype(np.float32),
-    "HalfStorage": np.dtype(np.float16),
-    "BFloat16Storage": np.dtype(ml_dtypes.bfloat16),
-    "LongStorage": np.dtype(np.int64),
-    "IntStorage": np.dtype(np.int32),
-    "ShortStorage": np.dtype(np.int16),
-    "CharStorage": np.dtype(np.int8),
-    "ByteStorage": np.dtype(np.uint8),
-    "BoolStorage": np.dtype(np.bool_),
-}
-# Opcodes that build plain values, name a global, call one that the table allows, and set OrderedDict's metadata.
-_OPCODES = """
-PROTO FRAME STOP MARK POP POP_MARK DUP NONE NEWTRUE NEWFALSE INT BININT BININT1 BININT2 LONG LONG1 FLOAT BINFLOAT
-UNICODE BINUNICODE SHORT_BINUNICODE BINSTRING SHORT_BINSTRING EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 EMPTY_LIST LIST APPEND
-APPENDS EMPTY_DICT DICT SETITEM SETITEMS PUT BINPUT LONG_BINPUT MEMOIZE GET BINGET LONG_BINGET
-GLOBAL STACK_GLOBAL REDUCE BUILD BINPERSID
-"""
-
-
-class _Storage(NamedTuple):
-    """A flat array somewhere in the archive."""
-
-    key: str
-    dtype: np.dtype
-    length: int
-
-
-class _Tensor(NamedTuple):
-    """A view of a storage, in elements. Immutable, so that a pickle can do nothing to it."""
-
-    storage: _Storage
-    offset: int
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
-
-
-class _Rebuild:
-    """Stands for torch._utils._rebuild_tensor_v2."""
-
-    __slots__ = ()
-
-    def __call__(self, storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> _Tensor:
-        numbers = (offset, *shape, *strides)
-        whole = all(type(x) is int and x >= 0 for x in numbers)
-        if not isinstance(storage, _Storage) or not whole or len(shape) != len(strides):
-            raise pickle.UnpicklingError("a tensor is described wrongly")
-        return _Tensor(storage, offset, tuple(shape), tuple(strides))
-
-
-class _MakeDict:
-    """Stands for collections.OrderedDict: a plain dict does, and keeps order."""
-
-    __slots__ = ()
-
-    def __call__(self, *items: Any) -> dict[Any, Any]:
-        return _Dict(*items)
-
-
-class _Dict(dict):
-    """Takes the `_metadata` attribute that a state dict carries, and forgets it."""
-
-    def __setstate__(self, _: Any) -> None:
-        pass
-
-
-_GLOBALS: dict[tuple[str, str], Any] = {
-    ("torch._utils", "_rebuild_tensor_v2"): _Rebuild(),
-    ("collections", "OrderedDict"): _MakeDict(),
-} | {("torch", name): name for name in STORAGE_TYPES}
-
-
-class _Unpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        try:
-            return _GLOBALS[module, name]
-        except KeyError:
-            raise pickle.UnpicklingError(f"it names {module}.{name}") from None
-
-    def persistent_load(self, pid: Any) -> _Storage:
-        match pid:
-            case ("storage", str(name), str(key), str(), int(length)) if name in STORAGE_TYPES:
-                return _Storage(key, STORAGE_TYPES[name], length)
-        raise pickle.UnpicklingError("a storage is described wrongly")
+LARGEST_PICKLE = 16 << 20  # bytes of data.pkl; a model of 10,000 tensors has about 2 MB
+LARGEST_READ = 16 << 20  # bytes taken from the file at once, and so of the archive's directory; a storage takes about 70 there
+LONGEST_NAME = 1000  # characters of a tensor's name
 
 
 def load_torch(path: str | Path) -> dict[str, np.ndarray]:
-    """The tensors of a file that `torch.save(state_dict, path)` wrote (PyTorch 1.6 or newer), each in its own type.
+    """Tensors by name from a file that `torch.save(state_dict, path)` wrote (PyTorch 1.6 or newer), each in its own type.
 
-    Anything but tensors, storages and OrderedDict in it, and a file that is cut short, is a `UsageError`; no code of the file
-    is ever run.
+    Tensors that share a storage share memory here. No code of the file is ever run.
+
+    Raises:
+        UsageError: the file holds anything but tensors, storages and OrderedDict, is damaged, cut short, encrypted or
+            compressed, or describes more than a file of its size can hold. The message is one line that names the file.
     """
     path = Path(path)
     try:
-        with zipfile.ZipFile(path) as archive:
-            return _read(archive, path)
+        with open(path, "rb", buffering=0, opener=_open_without_waiting) as raw:
+            status = os.fstat(raw.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                raise UsageError(f"{path}: cannot be read (not a regular file)")
+            with zipfile.ZipFile(_BoundedReader(raw, status.st_size)) as archive:
+                return _read(archive, status.st_size, path)
+    except UsageError:
+        raise
     except OSError as error:
         raise UsageError(f"{path}: cannot be read ({error.strerror or error})") from error
-    except (zipfile.BadZipFile, EOFError) as error:
+    except MemoryError as error:
+        raise CalmError(f"{path}: its tensors do not fit into memory") from error
+    # What zipfile raises for damaged archives; RuntimeError and its NotImplementedError for kinds that it does not know.
+    except (zipfile.BadZipFile, EOFError, ValueError, LookupError, OverflowError, RuntimeError, struct.error) as error:
         raise UsageError(
-            f"{path}: cut short, or not the zip archive of torch.save; download it again, or save it with PyTorch 1.6 or newer"
+            f"{path}: cut short, damaged or not the zip archive of torch.save; download it again, or save it with PyTorch 1.6 "
+            "or newer"
         ) from error
 
 
-def _read(archive: zipfile.ZipFile, path: Path) -> dict[str, np.ndarray]:
+def _open_without_waiting(name: str, flags: int) -> int:
+    return os.open(name, flags | getattr(os, "O_NONBLOCK", 0))  # or else opening a named pipe waits for its writer
+
+
+class _BoundedReader(io.BufferedReader):
+    """A file of `size` bytes of which no single read takes more than LARGEST_READ, whatever the archive's directory says."""
+
+    def __init__(self, raw: io.FileIO, size: int):
+        super().__init__(raw)
+        self._size = size
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        wanted = self._size - self.tell() if size is None or size < 0 else size
+        if wanted > LARGEST_READ:
+            raise zipfile.BadZipFile(f"a read of {wanted} bytes at once")
+        return super().read(wanted)
+
+
+def _read(archive: zipfile.ZipFile, file_size: int, path: Path) -> dict[str, np.ndarray]:
     pickles = [name for name in archive.namelist() if name == "data.pkl" or name.endswith("/data.pkl")]
     if len(pickles) != 1:
         raise UsageError(f"{path}: expected the archive of torch.save with one data.pkl, found {len(pickles)}")
     prefix = pickles[0].removesuffix("data.pkl")
-    state = _unpickle(archive.read(pickles[0]), path)
-    if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(v, _Tensor) for k, v in state.items()):
-        raise UsageError(f"{path}: expected a state dict, a mapping of names to tensors")
-    order = ">" if f"{prefix}byteorder" in archive.namelist() and archive.read(f"{prefix}byteorder") == b"big" else "<"
-    storages: dict[_Storage, np.ndarray] = {}  # tensors may share one
-    return {name: _array(tensor, archive, prefix, order, storages, f"{path}: {name}") for name, tensor in state.items()}
-
-
-def _unpickle(data: bytes, path: Path) -> Any:
-    refused = f"{path}: refused, nothing was executed: this reader knows tensors, storages and OrderedDict only, and "
     try:
-        known = frozenset(_OPCODES.split())
-        for opcode, argument, _ in pickletools.genops(data):
-            if opcode.name not in known:
-                raise UsageError(f"{refused}the file uses pickle opcode {opcode.name}")
-            if opcode.name == "GLOBAL" and tuple(str(argument).split(" ", 1)) not in _GLOBALS:
-                raise UsageError(f"{refused}the file names {str(argument).replace(' ', '.')}")
-            if opcode.name in ("PUT", "LONG_BINPUT") and int(str(argument)) > len(data):
-                raise UsageError(f"{refused}the file asks for {argument} memo slots")
-        return _Unpickler(io.BytesIO(data), encoding="utf-8").load()
-    except UsageError:
-        raise
-    except Exception as error:  # a hostile pickle can raise anything, from any operation
-        raise UsageError(f"{refused}its pickle cannot be read so: {error}") from error
+        state = interpret(_small_member(archive, pickles[0], LARGEST_PICKLE, path))
+    except Refused as reason:
+        raise UsageError(
+            f"{path}: refused, nothing was executed: this reader knows tensors, storages and OrderedDict only, and {reason}"
+        ) from reason
+    if type(state) is not dict or not all(isinstance(value, Tensor) for value in state.values()):
+        raise UsageError(f"{path}: expected a state dict, a mapping of names to tensors")
+    for name in state:
+        if len(name) > LONGEST_NAME or not name.isprintable():
+            raise UsageError(f"{path}: a tensor has an impossible name, which begins {shown(name)!r}")
+    order = f"{prefix}byteorder"
+    swap = order in archive.namelist() and _small_member(archive, order, 16, path) == b"big"
+    storages = _Storages(archive, prefix, swap, file_size)
+    return {name: _view(tensor, storages, f"{path}: {name}") for name, tensor in state.items()}
 
 
-def _array(
-    tensor: _Tensor, archive: zipfile.ZipFile, prefix: str, order: str, storages: dict[_Storage, np.ndarray], where: str
-) -> np.ndarray:
-    storage = tensor.storage
-    if storage not in storages:
+def _small_member(archive: zipfile.ZipFile, name: str, limit: int, path: Path) -> bytes:
+    entry = archive.getinfo(name)
+    _require_plain(entry, path)
+    if entry.file_size > limit:
+        raise UsageError(f"{path}: {shown(name)} has {entry.file_size} bytes, at most {limit} are read")
+    return archive.read(entry)
+
+
+def _require_plain(entry: zipfile.ZipInfo, where: object) -> None:
+    if entry.flag_bits & 1:
+        raise UsageError(f"{where}: {shown(entry.filename)} is encrypted; torch.save writes plain bytes")
+    if entry.compress_type != zipfile.ZIP_STORED or entry.compress_size != entry.file_size:
+        raise UsageError(f"{where}: {shown(entry.filename)} is compressed; torch.save writes plain bytes")
+
+
+class _Storages:
+    """The storages of an archive as flat arrays, each read once and checked against its CRC."""
+
+    def __init__(self, archive: zipfile.ZipFile, prefix: str, swap: bool, file_size: int):
+        self._archive, self._prefix, self._swap, self._left = archive, prefix, swap, file_size
+        self._read: dict[str, np.ndarray] = {}
+
+    def get(self, storage: Storage, where: str) -> np.ndarray:
+        """The elements `[N]` of `storage`; tensors may share it."""
+        if storage.key not in self._read:
+            self._read[storage.key] = self._load(storage, where)
+        flat = self._read[storage.key]
+        if (flat.dtype, flat.size) != (storage.dtype, storage.length):
+            raise UsageError(f"{where}: storage data/{shown(storage.key)} is described in two ways")
+        return flat
+
+    def _load(self, storage: Storage, where: str) -> np.ndarray:
+        name = f"data/{shown(storage.key)}"
         try:
-            entry = archive.getinfo(f"{prefix}data/{storage.key}")
+            entry = self._archive.getinfo(f"{self._prefix}data/{storage.key}")
         except KeyError:
-            raise UsageError(f"{where}: the archive has no storage data/{storage.key}") from None
+            raise UsageError(f"{where}: the archive has no storage {name}") from None
         needed = storage.length * storage.dtype.itemsize
-        if entry.compress_type != zipfile.ZIP_STORED or entry.file_size != needed:
-            raise UsageError(f"{where}: storage data/{storage.key} should hold {needed} plain bytes, has {entry.file_size}")
-        flat = np.frombuffer(archive.read(entry), storage.dtype)
-        storages[storage] = flat.byteswap() if order == ">" else flat
-    last = tensor.offset + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.strides, strict=True))
-    if 0 in tensor.shape:
-        return np.zeros(tensor.shape, storage.dtype)
+        if entry.file_size != needed:
+            raise UsageError(f"{where}: storage {name} should hold {needed} plain bytes, has {entry.file_size}")
+        _require_plain(entry, where)
+        self._left -= needed
+        if self._left < 0:
+            raise UsageError(f"{where}: storage {name} lies beyond the file or within another storage")
+        data = np.empty(needed, np.uint8)
+        with self._archive.open(entry) as member:
+            for start in range(0, needed, LARGEST_READ):
+                piece = member.read(min(LARGEST_READ, needed - start))
+                if len(piece) < min(LARGEST_READ, needed - start):
+                    raise EOFError
+                data[start : start + len(piece)] = np.frombuffer(piece, np.uint8)
+        if storage.dtype == np.bool_ and data.max(initial=0) > 1:
+            raise UsageError(f"{where}: storage {name} holds bytes that are not booleans")
+        flat = data.view(storage.dtype)
+        return flat.byteswap(inplace=True) if self._swap else flat
+
+
+def _view(tensor: Tensor, storages: _Storages, where: str) -> np.ndarray:
+    storage, shape = tensor.storage, tensor.shape
+    flat = storages.get(storage, where)
+    if 0 in shape:
+        return np.zeros(shape, storage.dtype)
+    last = tensor.offset + sum((size - 1) * stride for size, stride in zip(shape, tensor.strides, strict=True))
     if last >= storage.length:
-        raise UsageError(f"{where}: a tensor of shape {tensor.shape} reaches beyond its storage of {storage.length} elements")
+        raise UsageError(f"{where}: a tensor of shape {shape} reaches beyond its storage of {storage.length} elements")
+    if math.prod(shape) > storage.length:
+        raise UsageError(f"{where}: a tensor of shape {shape} repeats the {storage.length} elements of its storage")
     strides = tuple(stride * storage.dtype.itemsize for stride in tensor.strides)
-    return np.lib.stride_tricks.as_strided(storages[storage][tensor.offset :], tensor.shape, strides, writeable=False)
+    return np.lib.stride_tricks.as_strided(flat[tensor.offset :], shape, strides, writeable=False)

@@ -26,7 +26,6 @@ from calm.evaluate.closed_form import evaluate_ngrams, evaluate_world
 from calm.evaluate.kneser_ney_scores import evaluate_kneser_ney
 from calm.evaluate.perplexity import ScoredText
 from calm.evaluate.reconstruction import evaluate_autoencoder
-from calm.interop.published_files import read_json
 from calm.rng import row_keys, stream
 from calm.runs import saved_state
 from calm.runs.folders import (
@@ -50,6 +49,7 @@ from calm.runs.stages import (
     validation_blocks,
 )
 from calm.runs.token_stage import load_token_lm
+from calm.runs.weight_files import read_json
 from calm.text.chunking import chunk_prompt
 from calm.text.shards import Data, open_data
 from calm.text.tokenizer import Tokenizer, load_tokenizer, require_same_tokenizer
@@ -259,13 +259,15 @@ class Bundle:
 
     def export(self, folder: str | Path, card: ModelCard | None = None) -> None:
         """Writes safetensors, config.json, tokenizer.json and a model card."""
+        options: dict[str, Any] = dict(tokenizer=self.tokenizer.save)
+        if self.lm is None:
+            export_autoencoder(self._require_autoencoder(), folder, **options)
+            return
+        options |= dict(card=card, block_tokens=self.block_tokens)
         if isinstance(self.lm, TokenLM):
-            export_token_lm(self.lm, folder, card, block_tokens=self.block_tokens)
-        elif self.lm is None:
-            export_autoencoder(self._require_autoencoder(), folder)
+            export_token_lm(self.lm, folder, **options)
         else:
-            export_latent_lm(self.lm, self._require_autoencoder(), folder, card=card, block_tokens=self.block_tokens)
-        self.tokenizer.save(Path(folder) / "tokenizer.json")
+            export_latent_lm(self.lm, self._require_autoencoder(), folder, **options)
 
     @property
     def name(self) -> str:

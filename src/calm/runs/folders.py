@@ -1,19 +1,21 @@
 """A model as a folder that other programs read: config.json, model.safetensors, tokenizer.json and a model card. Never pickle.
 
 A language model's folder also holds `autoencoder/`, the folder of its frozen autoencoder, so it is self-contained. Weights go
-out and come back bit for bit, in float32, under the dotted names of `calm.runs.weights`. Every file is written beside its
-place first and renamed when all are complete, so an interrupted export leaves what was there before.
+out and come back bit for bit, in float32, under the dotted names of `calm.runs.weights`; equal weights give equal bytes.
+More than `LARGEST_SHARD` bytes of weights go to numbered files and an index of them, named as in the Hugging Face hub. All
+files of an export, the autoencoder's with them, take their places together, so an interrupted export leaves what was there
+before (`calm.runs.whole_folder`).
 """
 
-import contextlib
 import dataclasses
 import importlib.metadata
 import json
-import os
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 from flax import nnx
 
 from calm import config as configuration
@@ -22,18 +24,20 @@ from calm.core.dense import Precision
 from calm.core.latent_lm import LatentLM, LatentLMConfig
 from calm.core.transformer import TransformerConfig
 from calm.errors import CalmError, UsageError
-from calm.interop.published_files import read_json, read_safetensors
 from calm.runs import schema
+from calm.runs.weight_files import read_json, read_safetensors, read_weights
 from calm.runs.weights import build_with_weights, flat_weights
+from calm.runs.whole_folder import Writer, replace_files
 from calm.token.model import TokenLM, TokenLMConfig
 
 AUTOENCODER, LATENT_LM, TOKEN_LM = "calm-autoencoder", "calm-latent-lm", "calm-token-lm"  # model_type in config.json
 MODEL_TYPES = (AUTOENCODER, LATENT_LM, TOKEN_LM)
 AUTOENCODER_FOLDER = "autoencoder"
 WEIGHTS, CONFIG, TOKENIZER, CARD = "model.safetensors", "config.json", "tokenizer.json", "README.md"
+INDEX = f"{WEIGHTS}.index.json"  # of the shards, where the weights are in several files
+LARGEST_SHARD = 4_000_000_000  # bytes of weights in a file
 Config = TypeVar("Config", AutoencoderConfig, LatentLMConfig, TokenLMConfig)
 _UPGRADES = {AUTOENCODER: schema.autoencoder_model, LATENT_LM: schema.language_model, TOKEN_LM: schema.language_model}
-Writer = Callable[[Path], object]  # writes one file at the path that it is given
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,15 +58,30 @@ class ModelCard:
 
 
 def export_autoencoder(
-    autoencoder: Autoencoder, folder: str | Path, *, training: Mapping[str, int | float] | None = None
+    autoencoder: Autoencoder,
+    folder: str | Path,
+    *,
+    tokenizer: Writer | None = None,
+    training: Mapping[str, int | float] | None = None,
+    max_shard_bytes: int = LARGEST_SHARD,
 ) -> None:
-    """Writes config.json and model.safetensors into `folder`, which is made if it is missing.
+    """Writes config.json, model.safetensors and tokenizer.json, if given, into `folder`, which is made if it is missing.
 
-    `training` is what is known of how it was trained, under the names of our loss configuration; it goes into config.json.
+    Args:
+        tokenizer: writes the tokenizer's file, such as `Tokenizer.save`.
+        training: settings of its training, under the names of our loss configuration, for config.json.
+        max_shard_bytes: size in bytes above which the weights go to several files.
     """
+    files = _autoencoder_files(autoencoder, training, max_shard_bytes)
+    _write(Path(folder), files | ({TOKENIZER: tokenizer} if tokenizer is not None else {}))
+
+
+def _autoencoder_files(
+    autoencoder: Autoencoder, training: Mapping[str, int | float] | None, max_shard_bytes: int
+) -> dict[str, Writer]:
     config = autoencoder.config
     description = _description(AUTOENCODER, config, config) | ({"training": dict(training)} if training else {})
-    _write(Path(folder), {CONFIG: _json(description), WEIGHTS: _weights(autoencoder)})
+    return {CONFIG: _json(description), **_weights(autoencoder, max_shard_bytes)}
 
 
 def export_latent_lm(
@@ -72,13 +91,16 @@ def export_latent_lm(
     tokenizer_path: str | Path | None = None,
     card: ModelCard | None = None,
     *,
+    tokenizer: Writer | None = None,
     block_tokens: int | None = None,
     training: Mapping[str, int | float] | None = None,
+    max_shard_bytes: int = LARGEST_SHARD,
 ) -> None:
     """Writes the language model, its autoencoder in `folder/autoencoder`, the tokenizer's file and the model card.
 
-    `block_tokens` is the length of a training sequence, if known; `training` as in `export_autoencoder`. `folder` is made if
-    it is missing. An earlier export in it is replaced; a config.json of another program is not.
+    `block_tokens` is the length of a training sequence, if known; `tokenizer` (in place of `tokenizer_path`), `training` and
+    `max_shard_bytes` as in `export_autoencoder`. `folder` is made if it is missing. An earlier export in it is replaced; a
+    config.json of another program is not.
     """
     folder, config = Path(folder), lm.config
     for name in ("vocab_size", "chunk_size", "latent_dim"):
@@ -92,24 +114,37 @@ def export_latent_lm(
         description["block_tokens"] = block_tokens
     if training:
         description["training"] = dict(training)
-    files: dict[str, Writer] = {CONFIG: _json(description), WEIGHTS: _weights(lm)}
+    files: dict[str, Writer] = {CONFIG: _json(description), **_weights(lm, max_shard_bytes)}
     files[CARD] = _text(_card(card or ModelCard(), lm, autoencoder))
     if tokenizer_path is not None:
         data = Path(tokenizer_path).read_bytes()
         files[TOKENIZER] = lambda path: path.write_bytes(data)
-    _refuse_foreign(folder)
-    export_autoencoder(autoencoder, folder / AUTOENCODER_FOLDER)
-    _write(folder, files)
+    elif tokenizer is not None:
+        files[TOKENIZER] = tokenizer
+    inside = _autoencoder_files(autoencoder, None, max_shard_bytes)
+    _write(folder, files | {f"{AUTOENCODER_FOLDER}/{name}": write for name, write in inside.items()})
 
 
-def export_token_lm(lm: TokenLM, folder: str | Path, card: ModelCard | None = None, *, block_tokens: int | None = None) -> None:
-    """Writes config.json, model.safetensors and the model card of a token model; `block_tokens` as in `export_latent_lm`."""
+def export_token_lm(
+    lm: TokenLM,
+    folder: str | Path,
+    card: ModelCard | None = None,
+    *,
+    tokenizer: Writer | None = None,
+    block_tokens: int | None = None,
+    max_shard_bytes: int = LARGEST_SHARD,
+) -> None:
+    """Writes config.json, model.safetensors, tokenizer.json, if given, and the model card of a token model.
+
+    The arguments are those of `export_latent_lm`.
+    """
     description = _description(TOKEN_LM, lm.config, lm.config)
     if block_tokens is not None:
         description["block_tokens"] = block_tokens
     folder = Path(folder)
     text = _token_card(card or ModelCard(name="A token language model, the baseline of a continuous one"), lm)
-    _write(folder, {CONFIG: _json(description), WEIGHTS: _weights(lm), CARD: _text(text)})
+    files: dict[str, Writer] = {CONFIG: _json(description), **_weights(lm, max_shard_bytes), CARD: _text(text)}
+    _write(folder, files | ({TOKENIZER: tokenizer} if tokenizer is not None else {}))
 
 
 def load_exported_autoencoder(folder: str | Path, precision: Precision = "float32") -> Autoencoder:
@@ -139,8 +174,9 @@ def _load(folder: Path, model_type: str, config_type: type[Config], precision: P
     table, version = description.get("config", {}), description.get("schema_version", 1)
     table = _UPGRADES[model_type](table) if version == 1 else table
     config = configuration.from_dict(config_type, {"schema_version": configuration.SCHEMA_VERSION, **table}, where=str(path))
-    weights = read_safetensors(folder / WEIGHTS)
-    return build_with_weights(config, weights, precision=precision, where=str(folder / WEIGHTS))
+    sharded = (folder / INDEX).is_file() and not (folder / WEIGHTS).is_file()
+    weights = read_weights(folder) if sharded else read_safetensors(folder / WEIGHTS)
+    return build_with_weights(config, weights, precision=precision, where=str(folder / (INDEX if sharded else WEIGHTS)))
 
 
 # -- what the files say -----------------------------------------------------------------------------------------------
@@ -260,10 +296,30 @@ def _common(card: ModelCard, backbone: TransformerConfig) -> dict[str, Any]:
 # -- writing ----------------------------------------------------------------------------------------------------------
 
 
-def _weights(model: nnx.Module) -> Writer:
+def _weights(model: nnx.Module, max_shard_bytes: int) -> dict[str, Writer]:
+    """Files of the weights: one, or shards of at most `max_shard_bytes` (but at least one array) and their index."""
+    if max_shard_bytes < 1:
+        raise UsageError(f"max_shard_bytes must be at least 1, got {max_shard_bytes}")
+    weights, shards, size = flat_weights(model), [{}], 0
+    for name in sorted(weights):
+        if shards[-1] and size + weights[name].nbytes > max_shard_bytes:
+            shards, size = [*shards, {}], 0
+        shards[-1][name], size = weights[name], size + weights[name].nbytes
+    if len(shards) == 1:
+        return {WEIGHTS: _safetensors(weights)}
+    names = [f"model-{number:05}-of-{len(shards):05}.safetensors" for number in range(1, len(shards) + 1)]
+    index = {
+        "metadata": {"total_size": sum(array.nbytes for array in weights.values())},
+        "weight_map": {name: file for file, shard in zip(names, shards, strict=True) for name in shard},
+    }
+    return {file: _safetensors(shard) for file, shard in zip(names, shards, strict=True)} | {INDEX: _json(index)}
+
+
+def _safetensors(arrays: Mapping[str, np.ndarray]) -> Writer:
     from safetensors.numpy import save_file
 
-    return lambda path: save_file(flat_weights(model), path, metadata={"format": "flax", "library": "calm-lm"})
+    # One entry of metadata: the order of several in the file is random.
+    return lambda path: save_file(dict(arrays), path, metadata={"format": "flax"})
 
 
 def _json(values: dict[str, Any]) -> Writer:
@@ -281,26 +337,19 @@ def _refuse_foreign(folder: Path) -> None:
         raise UsageError(f"{folder / CONFIG}: belongs to another model; export to another folder")
 
 
+def _is_ours(path: str) -> bool:
+    """Whether a path inside an export is one that exports write."""
+    name = path.removeprefix(f"{AUTOENCODER_FOLDER}/")
+    named = name in (WEIGHTS, CONFIG, TOKENIZER, CARD, INDEX, AUTOENCODER_FOLDER)
+    return named or re.fullmatch(r"model-\d{5}-of-\d{5}\.safetensors", name) is not None
+
+
 def _write(folder: Path, files: dict[str, Writer]) -> None:
-    """Writes every file under a temporary name, then renames them all, config.json last."""
+    """Makes `files` the export in `folder`, all at once."""
     from safetensors import SafetensorError
 
     _refuse_foreign(folder)
-    staged: dict[Path, Path] = {}
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for name in sorted(files, key=lambda name: name == CONFIG):
-            temporary = folder / f".{name}.{os.getpid()}.tmp"
-            staged[temporary] = folder / name
-            files[name](temporary)
-            temporary.chmod(0o644)  # safetensors writes files that only their owner can read
-            with temporary.open("rb+") as file:
-                os.fsync(file.fileno())
-        for temporary, place in staged.items():
-            temporary.replace(place)
+        replace_files(folder, files, marker=CONFIG, owned=_is_ours)
     except (OSError, SafetensorError) as error:
         raise CalmError(f"{folder}: cannot write the export ({error})") from error
-    finally:
-        for temporary in staged:
-            with contextlib.suppress(OSError):
-                temporary.unlink(missing_ok=True)

@@ -13,9 +13,9 @@ from calm.core.autoencoder import Autoencoder
 from calm.core.dense import Precision
 from calm.core.latent_lm import LatentLMConfig
 from calm.errors import CalmError, UsageError
-from calm.interop.published_files import read_json
 from calm.rng import stream
 from calm.runs.folders import LATENT_LM, TOKEN_LM, load_exported_autoencoder, load_exported_latent_lm, load_exported_token_lm
+from calm.runs.weight_files import read_json
 from calm.text.shards import Data
 from calm.text.tokenizer import Tokenizer, load_tokenizer, require_same_tokenizer
 from calm.token.model import TokenLMConfig

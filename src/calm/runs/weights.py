@@ -23,7 +23,7 @@ class Buildable(Protocol[Model]):
 def flat_weights(model: nnx.Module) -> dict[str, np.ndarray]:
     """Every weight of `model` under its dotted name, such as `backbone.blocks.layer.mlp.down.kernel` `[layers I D]`."""
     flat = nnx.to_flat_state(nnx.state(model, nnx.Param))
-    return {".".join(map(str, path)): np.ascontiguousarray(np.asarray(variable[...])) for path, variable in flat}
+    return {".".join(map(str, path)): np.asarray(variable[...], order="C") for path, variable in flat}
 
 
 def build_with_weights(
