@@ -40,7 +40,7 @@ def load_torch(path: str | Path) -> dict[str, np.ndarray]:
             status = os.fstat(raw.fileno())
             if not stat.S_ISREG(status.st_mode):
                 raise UsageError(f"{path}: cannot be read (not a regular file)")
-            with zipfile.ZipFile(_BoundedReader(raw, status.st_size)) as archive:
+            with _BoundedReader(raw, status.st_size) as file, zipfile.ZipFile(file) as archive:
                 return _read(archive, status.st_size, path)
     except UsageError:
         raise
