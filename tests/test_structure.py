@@ -93,9 +93,9 @@ def test_the_room_reader_sees_every_form_of_import(source, layers):
     assert imported_rooms(PACKAGE / "train" / "steps.py", source) == layers
 
 
-def test_no_file_over_400_lines():
+def test_no_file_over_500_lines():
     files = [file for folder in ("src", "tests", "benchmarks", "examples") for file in (ROOT / folder).rglob("*.py")]
-    long = {str(file.relative_to(ROOT)): count for file in files if (count := len(file.read_text().splitlines())) > 400}
+    long = {str(file.relative_to(ROOT)): count for file in files if (count := len(file.read_text().splitlines())) > 500}
     assert not long, long
 
 
