@@ -1,4 +1,4 @@
-"""A token model and next-vector models of the same small vocabulary, random, but not deaf to what they read."""
+"""A random token model and next-vector models of the same small vocabulary, sensitive to what they read."""
 
 import functools
 
@@ -34,7 +34,7 @@ def models(writer: str) -> tuple[TokenLM, NextVector]:
     head = EnergyHeadConfig(num_blocks=1, noise_dim=4)
     sizes = dict(vocab_size=V, chunk_size=K, latent_dim=4, backbone=BACKBONE, head=head)
     lm = random_model(LatentLMConfig(**sizes, context_decoder=WRITERS[writer]), seed=2)
-    # random weights make little of hidden state and latent: what is drafted must hang on both
+    # with random weights, drafts hardly depend on hidden state and latent; scale those weights up
     writer_from = [] if writer == "none" else [lm.context_decoder.from_hidden, lm.context_decoder.from_latent]
     block = lm.head.blocks.layer
     for factor, layers in (
@@ -53,13 +53,13 @@ def _logits(token_lm: TokenLM, tokens, at):
     return token_lm.logits(token_lm.hidden(tokens[None, :, None])[0][0, at])
 
 
-def logits_behind(token_lm: TokenLM, text: list[int], *, begun: bool = False) -> np.ndarray:
-    """Of the next token, the text being read at once; `begun` with the empty prompt, which is a begin id."""
-    tokens = np.array([SPECIAL.begin_id] * begun + text)
+def logits_after(token_lm: TokenLM, text: list[int], *, started: bool = False) -> np.ndarray:
+    """Logits of the next token, the text being read at once; `started` with the empty prompt, which is a begin id."""
+    tokens = np.array([SPECIAL.begin_id] * started + text)
     return np.asarray(_logits(token_lm, jnp.asarray(np.pad(tokens, (0, 24 - len(tokens)))), len(tokens) - 1))
 
 
-def choose(law: SoftmaxSampler, logits: np.ndarray, numbers: np.ndarray) -> int:
+def choose(sampler: SoftmaxSampler, logits: np.ndarray, numbers: np.ndarray) -> int:
     """The token that two uniform numbers choose; with so few tokens the second one alone decides."""
-    weights = np.asarray(law.weights(jnp.asarray(logits + MASK, jnp.float32)[None])[0])
+    weights = np.asarray(sampler.weights(jnp.asarray(logits + MASK, jnp.float32)[None])[0])
     return int(np.searchsorted(np.cumsum(weights), numbers[1] * weights.sum(), side="right"))

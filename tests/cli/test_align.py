@@ -56,7 +56,7 @@ def test_standard_and_aligned_text_stand_side_by_side_and_the_run_is_as_it_was(t
 
 
 def report_of(values):
-    """What `--json` gave, as the report that a person is shown."""
+    """The report of a `--json` object."""
 
     def fields(values):
         lists = {"texts": tuple, "prompts": tuple, "steps": tuple}

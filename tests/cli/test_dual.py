@@ -1,4 +1,4 @@
-"""`calm dual`: two runs on one text, from the command line; and what it says to runs that do not go together."""
+"""`calm dual`: two runs on one text, from the command line, and its errors for runs that do not belong together."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""A drafted text follows the token model's law exactly, whatever drafts it; where draws are matched, it is its own text."""
+"""A drafted text has exactly the token model's distribution, whatever drafts it; with matched draws it is its own text."""
 
 import functools
 import itertools
@@ -23,10 +23,10 @@ from calm.token.model import TokenLM, TokenLMConfig
 from calm.token.sampler import SoftmaxSampler
 from known_law import chi_square
 from random_models import random_model
-from small_pairs import BACKBONE, MASK, SPECIAL, K, V, choose, logits_behind, models
+from small_pairs import BACKBONE, MASK, SPECIAL, K, V, choose, logits_after, models
 
 ROWS, LENGTH = 2400, 6
-CASES = [  # writer, law of the token model, recipe; one compiled program each
+CASES = [  # writer, sampler of the token model, recipe; one compiled program each
     ("none", SoftmaxSampler(), Drafting(rule="accept", num_latents=2)),
     ("both", SoftmaxSampler(temperature=2.0), Drafting(rule="accept", num_latents=2, boundaries="moved")),
     ("none", SoftmaxSampler(temperature=0.6), Drafting(rule="match", boundaries="moved")),
@@ -44,56 +44,58 @@ def keys(rows: int = ROWS):
     return row_keys(jax.random.key(4), rows)
 
 
-def drafted(writer, law, recipe, prompts, **options):
+def drafted(writer, sampler, recipe, prompts, **options):
     options = dict(special=SPECIAL, max_tokens=LENGTH) | options
-    return draft(*models(writer), prompts, keys(len(prompts)), drafting=recipe, sampler=law, **options)
+    return draft(*models(writer), prompts, keys(len(prompts)), drafting=recipe, sampler=sampler, **options)
 
 
-def exact_law(token_lm: TokenLM, law: SoftmaxSampler, prompt: list[int], length: int) -> tuple[np.ndarray, np.ndarray]:
+def exact_distribution(
+    token_lm: TokenLM, sampler: SoftmaxSampler, prompt: list[int], length: int
+) -> tuple[np.ndarray, np.ndarray]:
     """Every continuation of so many tokens, and its probability by the token model read from the beginning."""
     allowed = [token for token in range(V) if token not in (SPECIAL.begin_id, SPECIAL.mask_id)]
     every = np.array(list(itertools.product(allowed, repeat=length)))
     text = np.concatenate([np.tile(prompt, (len(every), 1)), every], axis=1)
     logits = np.array(token_lm.logits(token_lm.hidden(jnp.asarray(text[:, :-1, None]))[0][:, len(prompt) - 1 :]))
     logits[..., [SPECIAL.begin_id, SPECIAL.mask_id]] = -np.inf
-    weights = np.asarray(law.weights(jnp.asarray(logits.reshape(-1, V)))).reshape(logits.shape)
+    weights = np.asarray(sampler.weights(jnp.asarray(logits.reshape(-1, V)))).reshape(logits.shape)
     of_each = np.take_along_axis(weights / weights.sum(-1, keepdims=True), every[..., None], axis=-1)[..., 0]
     return every, of_each.prod(-1)
 
 
-@pytest.mark.parametrize(("writer", "law", "recipe"), [*CASES, *MORE])
-def test_a_drafted_text_follows_the_law_of_the_token_model(writer, law, recipe):
-    """Four tokens in a row, over a chunk boundary and behind rejections, as one outcome."""
+@pytest.mark.parametrize(("writer", "sampler", "recipe"), [*CASES, *MORE])
+def test_a_drafted_text_has_the_distribution_of_the_token_model(writer, sampler, recipe):
+    """Four tokens in a row, over a chunk boundary and after rejections, as one outcome."""
     prompt = [2, 3, 4]
-    result = drafted(writer, law, recipe, [prompt] * ROWS)
-    every, probability = exact_law(models(writer)[0], law, prompt, K + 1)
+    result = drafted(writer, sampler, recipe, [prompt] * ROWS)
+    every, probability = exact_distribution(models(writer)[0], sampler, prompt, K + 1)
     place = {tuple(tokens): number for number, tokens in enumerate(every.tolist())}
     found = np.array([place[tuple(tokens)] for tokens in result.tokens[:, : K + 1].tolist()])
-    likely = probability >= 2 / ROWS  # the rest as one outcome, so that chi-square is near its law
+    likely = probability >= 2 / ROWS  # the rest as one outcome, so that chi-square is near its distribution
     merged = np.append(probability[likely], probability[~likely].sum())
     number = np.where(likely, np.cumsum(likely) - 1, likely.sum())
     assert abs(chi_square(number[found], merged / merged.sum())) < 4
     assert 0 < result.work.accepted < result.work.proposed
 
 
-@pytest.mark.parametrize(("writer", "law", "recipe"), [CASES[2], CASES[3], MORE[3]])
-def test_matched_drafts_leave_the_token_models_text_as_it_is(writer, law, recipe):
+@pytest.mark.parametrize(("writer", "sampler", "recipe"), [CASES[2], CASES[3], MORE[3]])
+def test_matched_drafts_leave_the_token_models_text_as_it_is(writer, sampler, recipe):
     """Prompts of all phases, the empty one among them; the same keys. Some rows end before their limit."""
     ending = SpecialIds(begin_id=0, end_id=5, mask_id=1)
     prompts = [[2, 3, 4, 5, 2, 2, 3][: length % 8] for length in range(ROWS)]
-    result = drafted(writer, law, recipe, prompts, special=ending)
+    result = drafted(writer, sampler, recipe, prompts, special=ending)
     some = slice(0, 64)
-    options = dict(special=ending, max_tokens=LENGTH, sampler=law, decoding="drawn")
+    options = dict(special=ending, max_tokens=LENGTH, sampler=sampler, decoding="drawn")
     plain = generate(models(writer)[0], prompts[some], keys()[some], **options)
     for name in ("tokens", "lengths", "ended"):
         np.testing.assert_array_equal(getattr(result, name)[some], getattr(plain, name), err_msg=name)
     assert result.work.accepted > 0 and set(plain.ended) == {False, True}
 
 
-@pytest.mark.parametrize(("writer", "law", "recipe"), CASES)
-def test_what_both_models_are_sure_of_alike_is_always_kept(writer, law, recipe):
-    """Uniform laws on both sides: with a rule that accepts, every draft; with one that matches, every one drawn with the same
-    numbers. Behind kept boundaries a pass ends with its chunk and one token, and the next has one place less to draft."""
+@pytest.mark.parametrize(("writer", "sampler", "recipe"), CASES)
+def test_what_both_models_are_sure_of_alike_is_always_kept(writer, sampler, recipe):
+    """Uniform distributions on both sides: a rule that accepts keeps every draft, one that matches every draft drawn with
+    the same numbers. With kept boundaries a pass ends with its chunk and one token, and the next drafts one place less."""
     pair = [nnx.merge(*nnx.split(model)) for model in models(writer)]
     pair[0].backbone.norm.scale[...] *= 0.0
     if writer == "none":
@@ -101,7 +103,7 @@ def test_what_both_models_are_sure_of_alike_is_always_kept(writer, law, recipe):
     else:
         for layer in filter(None, (pair[1].lm.context_decoder.out, pair[1].lm.context_decoder.copy)):
             layer.kernel[...] *= 0.0
-    result = draft(*pair, [[2, 3, 4]] * ROWS, keys(), special=SPECIAL, max_tokens=LENGTH, drafting=recipe, sampler=law)
+    result = draft(*pair, [[2, 3, 4]] * ROWS, keys(), special=SPECIAL, max_tokens=LENGTH, drafting=recipe, sampler=sampler)
     work = result.work
     assert work.accepted == work.proposed
     passes = -(-LENGTH // (K + 1)) if recipe.boundaries == "moved" else 1 + -(-(LENGTH - K - 1) // K)
@@ -110,14 +112,14 @@ def test_what_both_models_are_sure_of_alike_is_always_kept(writer, law, recipe):
 
 @functools.partial(nnx.jit, static_argnames="num_latents")
 def of_each_latent(predictor: NextVector, key, chunks, at, previous, targets, place, *, num_latents):
-    """log p of the token at `place` of each target, for each of the latents drawn behind chunk `at` of a padded text."""
+    """log p of the token at `place` of each target, for each of the latents drawn after chunk `at` of a padded text."""
     hidden = predictor.hidden(chunks[None])[0][:, at]
     latents = predictor.lm.head(hidden, predictor.draw_noise(key, (num_latents, 1)).latent)
     rows = (jnp.repeat(hidden, V, 0), jnp.repeat(previous[None], V, 0), jnp.repeat(latents, V, 1))
     return predictor.token_log_probs(*rows, targets)[..., place]
 
 
-def twin(writer, law, recipe, prompt, key) -> tuple[list[int], dict[str, int]]:
+def twin(writer, sampler, recipe, prompt, key) -> tuple[list[int], dict[str, int]]:
     """One row of matched drafts in plain Python: both models read the whole text anew at every step."""
     token_lm, predictor = models(writer)
     numbers = np.asarray(draw_uniforms(key, LENGTH + K + 1).choice)
@@ -139,14 +141,14 @@ def twin(writer, law, recipe, prompt, key) -> tuple[list[int], dict[str, int]]:
             log_probs -= np.logaddexp.reduce(log_probs, axis=-1, keepdims=True)
             if place >= known:
                 chunk.append(
-                    choose(law, np.logaddexp.reduce(weights[:, None] + log_probs, axis=0), numbers[written + place - known])
+                    choose(sampler, np.logaddexp.reduce(weights[:, None] + log_probs, axis=0), numbers[written + place - known])
                 )
             weights = weights + log_probs[:, chunk[place]]
         drafts = chunk[known:]
         kept = -1
         while kept < 0 or (kept < len(drafts) and token == drafts[kept]):
             kept += 1
-            token = choose(law, logits_behind(token_lm, text, begun=not prompt), numbers[written])
+            token = choose(sampler, logits_after(token_lm, text, started=not prompt), numbers[written])
             text.append(token)
             written += 1
         done = dict(passes=1, proposed=len(drafts), accepted=kept)
@@ -160,11 +162,11 @@ def twin(writer, law, recipe, prompt, key) -> tuple[list[int], dict[str, int]]:
 )
 def test_drafts_are_what_calm_writes_after_the_whole_text_read_anew(writer, recipe):
     """At the boundary that the recipe names, with the latents drawn there, and the tokens of the chunk that are known."""
-    law, prompts = SoftmaxSampler(temperature=1.5), [[2, 3, 4, 5, 2][:length] for length in (0, 0, 0, 0, 1, 2, 5)]
-    result = drafted(writer, law, recipe, prompts)
+    sampler, prompts = SoftmaxSampler(temperature=1.5), [[2, 3, 4, 5, 2][:length] for length in (0, 0, 0, 0, 1, 2, 5)]
+    result = drafted(writer, sampler, recipe, prompts)
     total = dict(passes=0, proposed=0, accepted=0)
     for row, prompt in enumerate(prompts):
-        text, counts = twin(writer, law, recipe, prompt, keys(len(prompts))[row])
+        text, counts = twin(writer, sampler, recipe, prompt, keys(len(prompts))[row])
         assert text == result.tokens[row].tolist()
         total = {name: total[name] + counts[name] for name in total}
     assert total == {name: getattr(result.work, name) for name in total}
@@ -173,7 +175,7 @@ def test_drafts_are_what_calm_writes_after_the_whole_text_read_anew(writer, reci
 @pytest.mark.parametrize("known", [0, 2])
 @pytest.mark.parametrize("writer", ["none", "both"])
 def test_drafts_of_several_latents_follow_the_mixture_of_what_each_would_write(writer, known):
-    """Their laws, one after the other, multiply to mean_s prod_k p(x_k | latent s, x_<k), given the tokens that are known."""
+    """Their distributions multiply to mean_s prod_k p(x_k | latent s, x_<k), given the tokens that are known."""
     target, predictor = models(writer)
     pair = [prepare(Model(*nnx.split(model)), jnp.arange(V), jnp.int32(V)) for model in (target, predictor)]
     recipe, chunks, start = Drafting(num_latents=3), jnp.asarray([[0, 3, 2], [4, 2, 3]]), 9
@@ -205,16 +207,16 @@ def test_drafts_of_several_latents_follow_the_mixture_of_what_each_would_write(w
 
 
 def test_a_target_whose_state_is_a_recurrence_is_rewound():
-    """What a rejected draft left behind is gone: the text is that of the same model alone."""
+    """A rejected draft leaves no trace: the text is that of the same model alone."""
     backbone = HybridConfig(dim=8, num_layers=2, pattern="G,C", num_heads=2, num_kv_heads=2, inner_dim=8)
     config = TokenLMConfig(vocab_size=V, backbone=backbone)
     graphdef, params = nnx.split(nnx.jit(lambda: config.build(rngs=nnx.Rngs(0)))())
     token_lm = nnx.merge(graphdef, jax.tree.map(lambda x: 3 * x if x.ndim > 1 else x, params))
     options = dict(special=SPECIAL, max_tokens=LENGTH)
-    prompts, law = [[2, 3, 4], [], [5, 5]], SoftmaxSampler()
+    prompts, sampler = [[2, 3, 4], [], [5, 5]], SoftmaxSampler()
     recipe = Drafting(rule="match", num_latents=2)
-    result = draft(token_lm, models("both")[1], prompts, keys(3), drafting=recipe, sampler=law, **options)
-    plain = generate(token_lm, prompts, keys(3), sampler=law, decoding="drawn", **options)
+    result = draft(token_lm, models("both")[1], prompts, keys(3), drafting=recipe, sampler=sampler, **options)
+    plain = generate(token_lm, prompts, keys(3), sampler=sampler, decoding="drawn", **options)
     np.testing.assert_array_equal(result.tokens, plain.tokens)
     assert 0 < result.work.accepted < result.work.proposed
 

@@ -74,7 +74,7 @@ def found():
 
 
 def test_a_router_finds_the_gap_on_text_that_it_has_not_seen(found):
-    """Nearly what the noise leaves of the correlation; shares are met; it stands between the coin and the oracle."""
+    """The correlation is nearly the most that the noise allows, shares are met, and scores lie between coin and oracle."""
     held, router, _, report = found
     gap = held.gap("nats")
     predicted = np.asarray(router(jnp.asarray(held.hidden)))

@@ -14,7 +14,7 @@ from calm.errors import UsageError
 from calm.rng import row_keys
 from calm.text.chunking import chunk_prompt
 from calm.token.sampler import SoftmaxSampler
-from small_pairs import SPECIAL, K, choose, logits_behind, models
+from small_pairs import SPECIAL, K, choose, logits_after, models
 
 PROMPTS = [[2, 3, 4, 5, 2, 2, 3][:length] for length in (0, 1, 3, 7, 2, 5, 4, 6)]
 LENGTH, THRESHOLD = 15, -0.1
@@ -46,8 +46,8 @@ def test_every_chunk_is_that_of_the_model_whose_turn_it_is():
     """Each is written anew by one model that reads all the text before it: the token model with the numbers of the place, CALM
     as what is most probable, so that the text alone decides it."""
     token_lm, predictor = models("hidden")
-    router, law = random_router(), SoftmaxSampler(temperature=1.5)
-    result = routed(THRESHOLD, token_sampler=law)
+    router, sampler = random_router(), SoftmaxSampler(temperature=1.5)
+    result = routed(THRESHOLD, token_sampler=sampler)
     starts = [(row, chunk) for row in range(len(PROMPTS)) for chunk in range(LENGTH // K)]
     begins = [SPECIAL.begin_id] * K  # the empty prompt
     before = [[*(PROMPTS[row] or begins), *result.tokens[row, : K * chunk].tolist()] for row, chunk in starts]
@@ -62,7 +62,7 @@ def test_every_chunk_is_that_of_the_model_whose_turn_it_is():
         if turns[row, chunk]:
             for place in range(K * chunk, K * chunk + K):
                 read = text if PROMPTS[row] else text[K:]
-                text.append(choose(law, logits_behind(token_lm, read, begun=not PROMPTS[row]), numbers[place]))
+                text.append(choose(sampler, logits_after(token_lm, read, started=not PROMPTS[row]), numbers[place]))
         written = text[-K:] if turns[row, chunk] else by_chunk[number]
         np.testing.assert_array_equal(result.tokens[row, K * chunk :][:K], written, err_msg=str(before[number]))
     np.testing.assert_array_equal(result.by_tokens, turns.sum(1))

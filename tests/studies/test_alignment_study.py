@@ -1,4 +1,4 @@
-"""The study of alignment: how cells are pooled, what is said of them, and one run of it all."""
+"""The study of alignment: pooling of cells, its report, and one run from end to end."""
 
 import random
 
@@ -16,7 +16,7 @@ WAYS = ("standard", "aligned", *CONTROLS)
 
 
 def result(steps, seed, gains):
-    """A cell of 40 prompts, in which a way's texts score its gain above the standard ones, with some noise."""
+    """A cell of 40 prompts, in which a variant's texts score its gain above the standard ones, with some noise."""
     draw = np.random.default_rng(seed)
     base = draw.normal(size=40)
 

@@ -1,4 +1,4 @@
-"""The measurement of capacity: what is drawn is what is said, and what must be found is found."""
+"""The measurement of capacity: patterns are as described, and retrieved where they must be."""
 
 import jax
 import jax.numpy as jnp

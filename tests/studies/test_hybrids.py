@@ -1,4 +1,4 @@
-"""The study of hybrids: models of one size, what their states weigh, and what its table says."""
+"""The study of hybrids: models of one size, bytes of their states, and the report."""
 
 import dataclasses
 from pathlib import Path

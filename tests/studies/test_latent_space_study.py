@@ -1,4 +1,4 @@
-"""The study of latent spaces: one autoencoder for each cell and seed, what it is scored on, and the model that stands on it."""
+"""The study of latent spaces: one autoencoder for each cell and seed, its scores, and the language model on it."""
 
 import dataclasses
 

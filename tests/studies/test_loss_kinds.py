@@ -1,4 +1,4 @@
-"""The study of loss kinds: its cells differ in two weights, and its table says what the loss was made of."""
+"""The study of loss kinds: its cells differ in two weights, and its report has the parts of the loss."""
 
 import dataclasses
 import json

@@ -44,7 +44,7 @@ EACH = pytest.mark.parametrize("task", SMALL_TASKS, ids=lambda task: task.name)
 
 
 def solved(task, row):
-    """The answers of one row, by somebody who remembers all of it."""
+    """Answers of one row, given all of it."""
     blank = task.symbols if hasattr(task, "symbols") else task.values + task.keys
     if isinstance(task, DelayedCopy):
         return row[: task.items]
@@ -75,7 +75,7 @@ def test_a_seed_is_a_batch(task):
 
 @EACH
 def test_chance_is_what_the_present_token_and_the_other_answers_leave(task):
-    """For every token and every set of other answers, the answer has the same law: uniform over the answers."""
+    """For every token and every set of other answers, the answer has the same distribution, uniform over the answers."""
     tokens, targets, counted = task.draw(40_000, seed=3)
     asked = counted.sum(-1)[0]
     tokens, targets = tokens[counted].reshape(-1, asked), targets[counted].reshape(-1, asked)

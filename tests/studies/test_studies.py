@@ -1,4 +1,4 @@
-"""Studies: a budget pays for everything, a cell runs once whatever stops it, and the table says what its cells say."""
+"""Studies: a budget pays for everything, a cell runs once whatever stops it, and outside studies register themselves."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""The critic that reads what the decoder makes of latents: its evidence, its reward by brute force, and that it is followed."""
+"""The lexicon critic: its evidence, its reward against brute force, and that adaptation follows it."""
 
 import dataclasses
 

@@ -35,7 +35,7 @@ class DualGenerate:
     share: float | None = None
     """With --router: the share of chunks that the token model is to write."""
     temperature: str = "1"
-    """Of the token model's softmax, above 0: 0.7, 1/3 ..."""
+    """Temperature of the token model's softmax, above 0: 0.7, 1/3 ..."""
     top_k: int | None = None
     """Let the token model choose among so many tokens; 1 = the most probable."""
     top_p: float | None = None
@@ -98,7 +98,7 @@ class DualMeasure:
     boundaries: tuple[Literal["kept", "moved"], ...] = ("kept", "moved")
     """Where CALM continues after a rejection."""
     temperature: str = "1"
-    """Of the token model's softmax, above 0."""
+    """Temperature of the token model's softmax, above 0."""
     top_k: int | None = None
     """Let the token model choose among so many tokens; 1 = the most probable."""
     data: str | None = None

@@ -289,7 +289,7 @@ def train_routing(
     """Fits a router on the beginning of the train split, sets its thresholds there, and scores every one on `split`.
 
     Raises:
-        UsageError: scores asked for on the train split; too little text.
+        UsageError: `split` is train, which the router is fitted on; too little text.
     """
     if split == "train":
         raise UsageError("routing: the train split is what the router is fitted on; score it on valid or test")

@@ -1,4 +1,4 @@
-"""Studies by name. Importing this module imports none of them; each is imported when it is asked for.
+"""Studies by name. Importing this module imports none of them; each is imported when it is used.
 
 A study of this package is one file and one line of `STUDIES`. A study of another package registers itself on import:
 

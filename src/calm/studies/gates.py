@@ -24,11 +24,10 @@ from jaxtyping import Array, Float, Int
 from calm.errors import UsageError
 from calm.evaluate.plots import new_figure
 from calm.evaluate.tables import table
-from calm.runs import bundle
-from calm.runs.stages import TokenLMRun, validation_blocks
+from calm.runs.stages import TokenLMRun
 from calm.studies.path_ablation import CELLS, PathAblationStudy, cells, trained
 from calm.studies.runner import cell_folder
-from calm.studies.scoring import LanguageModelScore, over_seeds
+from calm.studies.scoring import LanguageModelScore, held_out, over_seeds
 from calm.studies.study import Request
 from calm.text.atomic_write import write_whole
 from calm.token.model import TokenLM
@@ -139,11 +138,8 @@ class GateStudy:
 
 def gates_of(folder: Path, score: LanguageModelScore) -> list[Gate]:
     """The gates of a trained token model on held-out text."""
-    model = bundle.load(folder, precision=score.precision)
-    if not isinstance(model.lm, TokenLM):
-        raise UsageError(f"{folder}: holds no token model")
-    blocks, _ = validation_blocks(model.prepared_data(None), model.block_tokens, score.split, score.max_tokens)
-    return gate_statistics(model.lm, np.asarray(blocks[:, :-1], np.int32))
+    _, lm, blocks, _ = held_out(folder, score)
+    return gate_statistics(lm, np.asarray(blocks[:, :-1], np.int32))
 
 
 def _summary(found: dict[str, list[list[Gate]]]) -> str:

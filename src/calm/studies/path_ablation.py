@@ -21,17 +21,13 @@ from flax import nnx
 
 from calm.core.mixer import Tap
 from calm.errors import UsageError
-from calm.evaluate.closed_form import score_ngram
-from calm.evaluate.ngram import fit_ngrams
 from calm.evaluate.plots import COLOURS, new_figure, tidy
 from calm.evaluate.tables import table
 from calm.hybrid.backbone import of_pattern
 from calm.hybrid.taps import mask_paths, replace_controller, shuffle_input, tapped
-from calm.runs import bundle
-from calm.runs.stages import validation_blocks
 from calm.studies.base_runs import WORD_TABLE_DIM, token_run
 from calm.studies.runner import Cell, run_cells
-from calm.studies.scoring import LanguageModelScore, by_cell, over_seeds
+from calm.studies.scoring import LanguageModelScore, by_cell, held_out, over_seeds, unigram_nats
 from calm.studies.study import Request
 from calm.text.atomic_write import write_whole
 from calm.token.likelihood import token_likelihood
@@ -138,28 +134,21 @@ def maskings(lm: TokenLM, length: int) -> dict[str, TokenLM]:
 def ablation_score(folder: Path, score: LanguageModelScore) -> dict[str, Any]:
     """Nats per held-out token, averaged over every token of a block but its first, of a trained model, and of its
     `maskings` where it is the cell `FULL`."""
-    model = bundle.load(folder, precision=score.precision)
-    if not isinstance(model.lm, TokenLM):
-        raise UsageError(f"{folder}: holds no token model")
-    opened = model.prepared_data(None)
-    blocks, documents = validation_blocks(opened, model.block_tokens, score.split, score.max_tokens)
-    unigram, _ = fit_ngrams(opened.split("train"), model.tokenizer.vocab_size)
-    base = score_ngram(unigram, blocks, documents).likelihood
-    assert base is not None
+    model, own_lm, blocks, documents = held_out(folder, score)
 
     def nats(lm: TokenLM) -> float:
         return float(token_likelihood(lm, blocks, documents).means[0])
 
-    own = nats(model.lm)
+    own, config = nats(own_lm), own_lm.backbone.config
     masked: dict[str, float] = {}
-    if (model.lm.backbone.config.pattern, model.lm.backbone.config.num_segments) == CELLS[FULL]:
-        for name, lm in maskings(model.lm, blocks.shape[1] - 1).items():
-            masked[name] = own if lm is model.lm else nats(lm)
-    manifest = opened.manifest
+    if (config.pattern, config.num_segments) == CELLS[FULL]:
+        for name, lm in maskings(own_lm, blocks.shape[1] - 1).items():
+            masked[name] = own if lm is own_lm else nats(lm)
+    manifest = model.prepared_data(None).manifest
     return {
         "protocol": f"{manifest.source['name']} {score.split}, {blocks.size} tokens of {manifest.tokenizer['spec']}",
         "nats_per_token": own,
-        "unigram_nats": float(base.means[0]),
+        "unigram_nats": unigram_nats(model, blocks, documents),
         "masked": masked,
     }
 

@@ -22,21 +22,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from calm.errors import DivergedError, UsageError
-from calm.evaluate.closed_form import score_ngram
-from calm.evaluate.ngram import fit_ngrams
+from calm.errors import DivergedError
 from calm.evaluate.tables import table
 from calm.runs import bundle
 from calm.runs.evaluation import score_writing
-from calm.runs.stages import validation_blocks
 from calm.studies.base_runs import WORD_TABLE_DIM, token_run
 from calm.studies.runner import RESULT, Cell, cell_folder, describe, read_results, run_cells, sized, with_seed
-from calm.studies.scoring import Column, LanguageModelScore, by_cell, over_seeds, results_table
+from calm.studies.scoring import Column, LanguageModelScore, by_cell, held_out, over_seeds, results_table, unigram_nats
 from calm.studies.study import LANGUAGE_MODEL_OPTIONS, Request
 from calm.text.atomic_write import write_whole
 from calm.token.collapse import collapse_measures
 from calm.token.likelihood import token_likelihood
-from calm.token.model import TokenLM
 from calm.token.objective import TokenLossConfig
 from calm.train.run_folder import read_records
 
@@ -100,32 +96,25 @@ def _run_cell(cell: Cell, seed: int, request: Request) -> None:
 
 def collapse_score(folder: Path, score: LanguageModelScore) -> dict[str, Any]:
     """Likelihood, the measures of `calm.token.collapse`, quality of its texts, and the largest rise of the training loss."""
-    model = bundle.load(folder, precision=score.precision)
-    if not isinstance(model.lm, TokenLM):
-        raise UsageError(f"{folder}: holds no token model")
-    opened = model.prepared_data(None)
-    blocks, documents = validation_blocks(opened, model.block_tokens, score.split, score.max_tokens)
-    nats = token_likelihood(model.lm, blocks, documents, skip=4)
-    unigram, _ = fit_ngrams(opened.split("train"), model.tokenizer.vocab_size)
-    base = score_ngram(unigram, blocks, documents).likelihood
-    assert base is not None
+    model, lm, blocks, documents = held_out(folder, score)
+    nats, source = token_likelihood(lm, blocks, documents, skip=4), model.prepared_data(None).manifest.source
     judge = None if score.judge is None else bundle.load(score.judge, precision=score.precision)
     texts = min(score.texts or TEXTS, len(blocks))
     new_tokens = min(NEW_TOKENS, model.block_tokens - 32)
     writing = score_writing(model, judge=judge, split=score.split, samples=texts, new_tokens=new_tokens)
     own, *_, real = writing.writings
     found: dict[str, Any] = {
-        "protocol": f"{opened.manifest.source['name']} {score.split}, {blocks.size} tokens; texts drawn with seed 0",
+        "protocol": f"{source['name']} {score.split}, {blocks.size} tokens; texts drawn with seed 0",
         "nats_per_token": float(nats.means[0]),
-        "unigram_nats": float(base.means[0]),
-        **collapse_measures(model.lm, blocks),
+        "unigram_nats": unigram_nats(model, blocks, documents),
+        **collapse_measures(lm, blocks),
         "repeated_4": own.repetition and own.repetition.estimate,
         "repeated_4_of_text": real.repetition and real.repetition.estimate,
         "distinct_2": own.distinct[1],
         "distinct_2_of_text": real.distinct[1],
         "judged_bits_per_byte": own.bits_per_byte and own.bits_per_byte.estimate,
         "worst_rise": worst_rise([record["train/loss"] for record in _training(folder)]),
-        "width": model.lm.config.backbone.dim,
+        "width": lm.config.backbone.dim,
     }
     return found | {"collapsed": collapsed(found)}
 

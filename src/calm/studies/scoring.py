@@ -8,17 +8,22 @@ from typing import Any, Literal
 
 import jax
 import numpy as np
+from jaxtyping import Int
 from scipy import stats
 
 from calm.core.generate import SpecialIds, generate
 from calm.core.intervals import BlockSums
 from calm.core.sampler import PlainSampler
 from calm.core.temperature import BatchTemperature
+from calm.errors import UsageError
+from calm.evaluate.closed_form import score_ngram
+from calm.evaluate.ngram import fit_ngrams
 from calm.evaluate.scores import BrierReport, Comparison, compare
 from calm.evaluate.tables import interval_text, table
 from calm.rng import row_keys
 from calm.runs import bundle
 from calm.runs.evaluation import likelihood_bound, score_writing, vector_use
+from calm.runs.stages import validation_blocks
 from calm.studies.runner import cell_folder
 from calm.token.model import TokenLM
 from calm.token.sampler import SoftmaxSampler
@@ -82,6 +87,25 @@ class LanguageModelScore:
         if self.speed_tokens:
             found["generated_tokens_per_second"] = generation_speed(model, self.speed_tokens)
         return found
+
+
+def held_out(
+    folder: Path, score: LanguageModelScore
+) -> tuple[bundle.Bundle, TokenLM, Int[np.ndarray, "R T"], Int[np.ndarray, "R"]]:
+    """A trained token model, with blocks of held-out text and their documents. Raises UsageError for another kind of run."""
+    model = bundle.load(folder, precision=score.precision)
+    if not isinstance(model.lm, TokenLM):
+        raise UsageError(f"{folder}: holds no token model")
+    blocks, documents = validation_blocks(model.prepared_data(None), model.block_tokens, score.split, score.max_tokens)
+    return model, model.lm, blocks, documents
+
+
+def unigram_nats(model: bundle.Bundle, blocks: Int[np.ndarray, "R T"], documents: Int[np.ndarray, "R"]) -> float:
+    """Nats per token of the unigram model of the training text."""
+    unigram, _ = fit_ngrams(model.prepared_data(None).split("train"), model.tokenizer.vocab_size)
+    likelihood = score_ngram(unigram, blocks, documents).likelihood
+    assert likelihood is not None
+    return float(likelihood.means[0])
 
 
 def generation_speed(model: bundle.Bundle, num_tokens: int, batches: Sequence[int] = (1, 8)) -> dict[str, float]:

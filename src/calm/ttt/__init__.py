@@ -1,1 +1,1 @@
-"""Latent test-time training: prompt-specific weights, found by gradient steps on a critic of imagined continuations."""
+"""Latent test-time training: prompt-specific weights, found by gradient steps on a critic of possible continuations."""

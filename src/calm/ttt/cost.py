@@ -57,15 +57,15 @@ def alignment_cost(
     text = prompt_chunks * reading + num_chunks * (reading + head + writer)
 
     reading, head = parts(prompt_chunks + config.chunks)
-    imagined, everything = config.samples * config.chunks, config.fast.part == "all"
+    positions, everything = config.samples * config.chunks, config.fast.part == "all"
     through = config.feedback != "constant"
-    forward = imagined * (reading + head + writer)
-    backward = imagined * (2 * head + (2 * reading if everything else reading if through else 0))
+    forward = positions * (reading + head + writer)
+    backward = positions * (2 * head + (2 * reading if everything else reading if through else 0))
     judge = writer if reads_chunks else 0
-    forward, backward = forward + imagined * judge, backward + imagined * judge
+    forward, backward = forward + positions * judge, backward + positions * judge
     if through and lm.stem != "continuous":
         expected = codec.vocabulary_flops() + 2 * lm.chunk_size * lm.vocab_size * lm.backbone.dim
-        forward, backward = forward + imagined * expected, backward + 2 * imagined * expected
+        forward, backward = forward + positions * expected, backward + 2 * positions * expected
     prompt = prompt_chunks * reading
     per_step = forward + backward + (3 * prompt if everything else 0)
     if config.brakes.max_drift is not None:

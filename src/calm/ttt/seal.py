@@ -267,8 +267,8 @@ def _adapt(
             return adapted, prompt if config.fast.part == "head" else read_prompt(adapted, chunks, start, *sizes)
 
         def reward_of(predictor: NextVector, at: Any, key: PRNGKey, feedback: Feedback) -> Float[Array, ""]:
-            imagined = futures(predictor, at, draw_noise(base, key, *sizes), table, feedback=feedback)
-            return rewards_of(critic, imagined.latents[:, None], imagined.chunks[:, None]).mean()
+            drawn = futures(predictor, at, draw_noise(base, key, *sizes), table, feedback=feedback)
+            return rewards_of(critic, drawn.latents[:, None], drawn.chunks[:, None]).mean()
 
         def drift_of(predictor: NextVector, at: Any) -> Float[Array, ""]:
             there, here = (
