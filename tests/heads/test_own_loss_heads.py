@@ -20,6 +20,16 @@ from random_models import Layer, normal, random_model
 HEADS = {
     "midpoint": FlowHeadConfig(num_blocks=2, num_steps=3, num_draws=3),
     "euler": FlowHeadConfig(num_blocks=2, solver="euler", num_steps=5, num_draws=3),
+    "clean": FlowHeadConfig(
+        num_blocks=2,
+        solver="euler",
+        num_steps=4,
+        num_draws=3,
+        prediction="clean",
+        last_time=0.6,
+        trained_until=0.7,
+        start_share=0.2,
+    ),
     "diffusion": DiffusionHeadConfig(num_blocks=2, num_steps=4, num_draws=3),
     "mixture": MixtureHeadConfig(num_blocks=2, num_components=3, num_draws=3),
 }
@@ -87,7 +97,7 @@ def test_flops_are_those_of_the_products_in_the_program(name):
     noise = jax.ShapeDtypeStruct((SAMPLES, positions, width), jnp.float32)
     latent = jax.ShapeDtypeStruct((positions, LATENT), jnp.float32)
     made = matmul_flops(lambda params, hidden, noise: nnx.merge(graphdef, params)(hidden, noise), params, hidden, noise)
-    calls = {"midpoint": 6, "euler": 5, "diffusion": 4, "mixture": 0}[name]
+    calls = {"midpoint": 6, "euler": 5, "clean": 5, "diffusion": 4, "mixture": 0}[name]
     times = calls * 2 * (256 * DIM + DIM * DIM)  # embedded once for all positions
     assert made == positions * config.flops(DIM, LATENT, SAMPLES) + times
 
@@ -105,10 +115,11 @@ CONTEXTS, FAR, STD, SHARE = normal(2, DIM, seed=5), 2.0, 0.3, 0.7
     ("config", "steps", "learning_rate"),
     [
         (FlowHeadConfig(num_blocks=1, num_draws=4), 400, 1e-2),
+        (FlowHeadConfig(num_blocks=1, num_draws=4, prediction="clean"), 400, 1e-2),
         (DiffusionHeadConfig(num_blocks=1, num_steps=25, num_draws=4), 400, 1e-2),
         (MixtureHeadConfig(num_blocks=1, num_components=8, num_draws=4), 400, 5e-3),
     ],
-    ids=["flow", "diffusion", "mixture"],
+    ids=["flow", "clean", "diffusion", "mixture"],
 )
 def test_training_finds_both_modes_their_shares_and_their_widths(config, steps, learning_rate):
     rows, dim = 128, 2
