@@ -12,7 +12,7 @@ from calm.core.energy_head import EnergyHeadConfig
 from calm.core.latent_lm import LatentLMConfig
 from calm.core.transformer import TransformerConfig
 from calm.errors import UsageError
-from calm.runs.weights import flat_weights
+from calm.runs.weights import build_with_weights, flat_weights
 from jaxpr_flops import matmul_flops
 from random_models import random_model
 
@@ -40,14 +40,14 @@ def test_off_the_model_is_as_it_was_and_on_it_has_a_norm_and_a_kernel_more():
 
 
 def test_it_adds_a_linear_map_of_the_last_chunk_s_normalised_embeddings(model):
-    without = OFF.build(rngs=nnx.Rngs(0))
-    nnx.update(without, nnx.state(model).filter(lambda path, _: path[0] != "direct"))
-    added = np.asarray(model.hidden(CHUNKS)[0] - without.hidden(CHUNKS)[0])
+    weights = {name: value for name, value in flat_weights(model).items() if not name.startswith("direct")}
+    without, chunks = build_with_weights(OFF, weights, where="test"), jnp.asarray(CHUNKS)
+    added = np.asarray(model.hidden(chunks)[0] - without.hidden(chunks)[0])
     rows = np.asarray(model.stem.embedding[...])[CHUNKS].reshape(2, 6, 16)
     rows = rows / np.sqrt((rows**2).mean(-1, keepdims=True) + 1e-6) * np.asarray(model.direct.norm.scale[...])
     np.testing.assert_allclose(added, rows @ np.asarray(model.direct.out.kernel[...]), atol=1e-5)
-    np.testing.assert_allclose(model.read_directly(CHUNKS), added, atol=1e-5)
-    np.testing.assert_array_equal(without.read_directly(CHUNKS), np.zeros((2, 6, 8)))
+    np.testing.assert_allclose(model.read_directly(chunks), added, atol=1e-5)
+    np.testing.assert_array_equal(without.read_directly(chunks), np.zeros((2, 6, 8)))
 
 
 def test_a_chunk_reaches_its_own_position_directly_and_no_earlier_one(model):

@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
 from calm.core.autoencoder import AutoencoderConfig
 from calm.core.energy_head import EnergyHeadConfig
@@ -59,7 +58,7 @@ def test_a_head_that_sees_the_last_chunk_alone_is_the_same_under_every_output():
 def test_sums_equal_a_plain_computation():
     model = predictor(dataclasses.replace(LM, context_decoder=ContextDecoderConfig(dim=8, window=3, table_dim=8, inner_dim=8)))
     use = measured(model, batch_size=5, unigram=None, calibration=None)
-    chunks, other = BLOCKS.reshape(12, -1, K), other_texts(DOCUMENT)
+    chunks, other = jnp.asarray(BLOCKS.reshape(12, -1, K)), other_texts(DOCUMENT)
     read, direct = chunks[:, :-1], model.lm.read_directly(chunks[:, :-1])
     hidden = model.hidden(read)[0]
     backbone = np.asarray(hidden - direct)

@@ -22,7 +22,7 @@ from random_models import normal, random_model
 
 CONFIG = PartsAutoencoderConfig(vocab_size=200, chunk_size=3, latent_dim=24)
 WIDTH = 8
-CHUNKS = np.random.default_rng(0).integers(0, 200, (5, 7, 3)).astype(np.int32)
+CHUNKS = jnp.asarray(np.random.default_rng(0).integers(0, 200, (5, 7, 3)), jnp.int32)
 
 
 @pytest.fixture(scope="module")
@@ -42,9 +42,8 @@ def test_codes_have_one_length_and_each_token_has_its_own_part(model):
     posterior = model.encode(CHUNKS)
     assert isinstance(posterior, Gaussian) and posterior.mean.shape == (5, 7, 24)
     parts = np.asarray(posterior.mean).reshape(5, 7, 3, WIDTH)
-    np.testing.assert_array_equal(parts, np.asarray(model.table)[CHUNKS])
-    other = CHUNKS.copy()
-    other[..., 1] = (other[..., 1] + 1) % 200
+    np.testing.assert_array_equal(parts, model.table[CHUNKS])
+    other = CHUNKS.at[..., 1].set((CHUNKS[..., 1] + 1) % 200)
     changed = np.abs(np.asarray(model.encode(other).mean).reshape(parts.shape) - parts).max(-1) > 0
     np.testing.assert_array_equal(changed, np.broadcast_to([False, True, False], changed.shape))
 
@@ -58,11 +57,11 @@ def test_any_vector_decodes_to_the_nearest_codes(model):
 
 def test_log_probabilities_are_those_of_a_softmax_over_distances_to_the_codes(model):
     latents, targets = normal(2, 5, 24, seed=1), CHUNKS[:, 0]
-    sharpness = float(jnp.exp(model.log_sharpness[...]))
+    sharpness = float(jnp.exp(model.log_sharpness[...])[0])
     logits = -0.5 * sharpness * ((latents.reshape(2, 5, 3, 1, WIDTH) - np.asarray(model.table)) ** 2).sum(-1)
     expected = np.take_along_axis(np.asarray(jax.nn.log_softmax(logits)), np.broadcast_to(targets, (2, 5, 3))[..., None], -1)
-    empty = jnp.zeros((5, 0))
-    found = token_log_probs(FrozenDecoder(model), empty, empty, jnp.asarray(latents), jnp.asarray(targets), "float32")
+    hidden, previous = jnp.zeros((5, 1)), jnp.zeros((5, 0), jnp.int32)
+    found = token_log_probs(FrozenDecoder(model), hidden, previous, jnp.asarray(latents), targets, "float32")
     np.testing.assert_allclose(found, expected[..., 0], atol=1e-3)
 
 
@@ -99,7 +98,7 @@ def test_training_moves_codes_apart_and_learns_width_and_sharpness():
 
     assert nearest(after) < nearest(before) - 0.2
     module = objective.module(after)
-    assert abs(float(module.log_std[...]) - np.log(0.5)) > 0.01 and float(module.log_sharpness[...]) > 0.05
+    assert abs(float(module.log_std[0]) - np.log(0.5)) > 0.01 and float(module.log_sharpness[0]) > 0.05
 
 
 def test_an_export_is_the_model(model, tmp_path):

@@ -1,7 +1,7 @@
 """The flow head: a velocity field carries a draw of N(0, I) to a sample of the next latent."""
 
 import dataclasses
-from typing import ClassVar, Literal, get_args
+from typing import ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -47,8 +47,6 @@ class FlowHeadConfig(HeadConfig):
     def __post_init__(self) -> None:
         if min(self.num_blocks, self.num_steps, self.num_draws) < 1:
             raise UsageError("head: num_blocks, num_steps and num_draws must be at least 1")
-        if self.prediction not in get_args(Prediction):
-            raise UsageError(f"head: prediction must be velocity or clean, got {self.prediction!r}")
         if not 0 < self.last_time <= self.trained_until <= 1:
             raise UsageError(
                 f"head: 0 < last_time <= trained_until <= 1 must hold, got last_time={self.last_time} and "

@@ -11,6 +11,7 @@ V vocabulary · K tokens per chunk · P width of a part · Z = K P latent width 
 """
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -81,8 +82,8 @@ class PartsAutoencoder(Autoencoder):
         self.config, self.precision = config, precision
         shape = (config.vocab_size, config.dim)
         self.embedding = nnx.Param(config.embedding_std * jax.random.normal(rngs.params(), shape, jnp.float32))
-        self.log_std = nnx.Param(jnp.log(jnp.float32(config.std)))
-        self.log_sharpness = nnx.Param(jnp.zeros((), jnp.float32))
+        self.log_std = nnx.Param(jnp.full((1,), math.log(config.std), jnp.float32))
+        self.log_sharpness = nnx.Param(jnp.zeros((1,), jnp.float32))
 
     @property
     def table(self) -> Float[Array, "V P"]:
