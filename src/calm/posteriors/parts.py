@@ -21,6 +21,7 @@ from jaxtyping import Array, Float, Int
 from calm.core.autoencoder import Autoencoder, AutoencoderConfig
 from calm.core.dense import Precision
 from calm.core.gaussian import Gaussian
+from calm.core.posterior import Posterior
 from calm.errors import UsageError
 
 LEAST_WIDTH = 2
@@ -79,7 +80,8 @@ class PartsAutoencoder(Autoencoder):
     def __init__(self, config: PartsAutoencoderConfig, *, rngs: nnx.Rngs, precision: Precision = "float32"):
         if config.vocab_size < 1:
             raise UsageError("autoencoder: vocab_size must be set before the model is built")
-        self.config, self.precision = config, precision
+        self.config: AutoencoderConfig = config
+        self.precision = precision
         shape = (config.vocab_size, config.dim)
         self.embedding = nnx.Param(config.embedding_std * jax.random.normal(rngs.params(), shape, jnp.float32))
         self.log_std = nnx.Param(jnp.full((1,), math.log(config.std), jnp.float32))
@@ -91,7 +93,7 @@ class PartsAutoencoder(Autoencoder):
         rows = self.embedding[...]
         return rows * jax.lax.rsqrt(jnp.square(rows).mean(-1, keepdims=True) + 1e-12)
 
-    def encode(self, chunks: Int[Array, "*b K"]) -> Gaussian:
+    def encode(self, chunks: Int[Array, "*b K"]) -> Posterior:
         """Posterior of each chunk's latent, `[*b Z]`: the codes of its tokens, side by side."""
         mean = self.table[chunks].reshape(*chunks.shape[:-1], self.config.latent_dim)
         return Gaussian(mean, jnp.broadcast_to(self.log_std[...], mean.shape))
