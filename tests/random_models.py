@@ -34,6 +34,8 @@ def random_model(config: Any, seed: int = 0, precision: str = "float32") -> Any:
             "table": lambda noise=noise: noise,
             "from_place": lambda noise=noise: 0.1 * noise,
             "match": lambda noise=noise: 3 + noise,
+            "log_std": lambda noise=noise: 0.1 * noise - 1,
+            "log_sharpness": lambda noise=noise: 0.1 * noise,
             "nothing": lambda noise=noise: 3 + noise,
         }[kind]()
     return build_with_weights(config, weights, precision=precision, where="test")

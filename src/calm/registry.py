@@ -46,6 +46,7 @@ PROVIDED: dict[str, dict[str, str]] = {
     "autoencoder": {
         "flat": "calm.core.autoencoder:AutoencoderConfig",
         "hierarchical": "calm.posteriors.hierarchical:HierarchicalAutoencoderConfig",
+        "parts": "calm.posteriors.parts:PartsAutoencoderConfig",
     },
     "posterior": {
         "gaussian": "calm.core.gaussian:Gaussian",

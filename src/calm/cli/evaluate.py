@@ -59,9 +59,18 @@ class Evaluate:
 
     def run(self) -> dict[str, Any]:
         from calm.cli import plain
+        from calm.core.latent_lm import LatentLM
         from calm.evaluate.scores import compare
         from calm.runs import bundle
-        from calm.runs.evaluation import as_judge, cost, likelihood_bound, score_writing, sliding_window, vector_use
+        from calm.runs.evaluation import (
+            as_judge,
+            backbone_use,
+            cost,
+            likelihood_bound,
+            score_writing,
+            sliding_window,
+            vector_use,
+        )
 
         if self.judge is not None and not self.samples:
             raise UsageError("--judge reads continuations: say how many with --samples")
@@ -94,6 +103,8 @@ class Evaluate:
                 options = dict(split=self.split, max_tokens=self.vector_tokens, num_samples=self.num_samples, seed=self.seed)
                 scores["vector"] = vector_use(model, self.data, decoding=self.decoding, **options)
                 name = scores["vector"].label or name
+                if isinstance(model.lm, LatentLM) and (backbone := backbone_use(model, self.data, **options)) is not None:
+                    scores["backbone"] = backbone
             scores["lm"] = dataclasses.replace(scores["lm"], name=name)
             scores["against_bigram"] = compare(scores["lm"], scores["bigram"])
             scores["against_kn5+cache"] = compare(scores["lm"], scores["kn5+cache"])
@@ -129,6 +140,8 @@ class Evaluate:
             ]
         if "vector" in scores:
             parts.append(scores["vector"].table())
+        if "backbone" in scores:
+            parts.append(scores["backbone"].table())
         if "sliding" in scores:
             parts.append(scores["sliding"].table())
         if "bound" in scores:

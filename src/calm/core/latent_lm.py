@@ -3,12 +3,13 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from calm.core.autoencoder import Autoencoder, AutoencoderConfig
 from calm.core.chunk_decoder import DecoderConfig
-from calm.core.dense import Precision
+from calm.core.dense import Dense, Precision, dense_flops
 from calm.core.energy_head import EnergyHeadConfig
 from calm.core.head import HeadConfig
 from calm.core.stem import ChunkCompression, Reads
@@ -33,8 +34,14 @@ class LatentLMConfig:
     head: HeadConfig = EnergyHeadConfig()
     context_decoder: DecoderConfig | None = None
     """a decoder trained with the model that writes the chunk; none = the frozen autoencoder decodes the latent (pure CALM)"""
+    head_reads_chunk: bool = False
+    """whether the tokens of the chunk just read reach the head directly as well, beside the backbone; not in the paper"""
     init_std: float | None = None
     """standard deviation of the stem's embedding and kernels; none = 1 / sqrt(width or fan-in); published 0.02"""
+
+    def __post_init__(self) -> None:
+        if self.head_reads_chunk and self.stem == "continuous":
+            raise UsageError("latent LM: head_reads_chunk needs a stem that embeds tokens, got stem='continuous'")
 
     @property
     def has_latents(self) -> bool:
@@ -75,7 +82,8 @@ class LatentLMConfig:
         """Forward, of stem and head."""
         dim = self.backbone.dim
         stem = ChunkCompression.flops(self.chunk_size, dim, self.latent_dim, self.stem)
-        return stem + self.head.flops(dim, self.latent_dim, num_samples)
+        direct = DirectChunk.flops(self.chunk_size, dim) if self.head_reads_chunk else 0
+        return stem + direct + self.head.flops(dim, self.latent_dim, num_samples)
 
     def writing_flops(self, num_samples: int) -> int:
         """Forward FLOPs of the context decoder at one position, for `num_samples` latents; 0 without one."""
@@ -83,6 +91,26 @@ class LatentLMConfig:
             return 0
         sizes = (self.backbone.dim, self.latent_dim, self.chunk_size, self.vocab_size)
         return self.context_decoder.flops(*sizes, num_samples)
+
+
+class DirectChunk(nnx.Module):
+    """A linear map of the embeddings of a chunk's K tokens, normalised together, that is added to the hidden state.
+
+    The stem has to squeeze K tokens into one vector that also serves the backbone, and a young model's head hardly sees the
+    tokens just read through it; on this way each of them is one product away.
+    """
+
+    def __init__(self, chunk_size: int, dim: int, *, precision: Precision, rngs: nnx.Rngs):
+        self.norm = nnx.RMSNorm(chunk_size * dim, epsilon=1e-6, rngs=rngs)
+        self.out = Dense(chunk_size * dim, dim, precision=precision, rngs=rngs)
+
+    def __call__(self, embedded: Float[Array, "*b K D"]) -> Float[Array, "*b D"]:
+        return self.out(self.norm(embedded.reshape(*embedded.shape[:-2], -1)))
+
+    @staticmethod
+    def flops(chunk_size: int, dim: int) -> int:
+        """Forward FLOPs of one chunk."""
+        return dense_flops(chunk_size * dim, dim)
 
 
 class LatentLM(nnx.Module):
@@ -111,6 +139,8 @@ class LatentLM(nnx.Module):
         writer = config.context_decoder
         sizes = (config.vocab_size, config.chunk_size, dim, config.latent_dim)
         self.context_decoder = None if writer is None else writer.build(*sizes, rngs=rngs, precision=precision)
+        direct = config.head_reads_chunk
+        self.direct = DirectChunk(config.chunk_size, dim, precision=precision, rngs=rngs) if direct else None
 
     def init_state(
         self, batch: int, context: int, starts: Int[Array, "B"] | None = None, *, rewindable: bool = False
@@ -138,7 +168,25 @@ class LatentLM(nnx.Module):
             if autoencoder is None:
                 raise UsageError(f"a model with stem {self.config.stem!r} reads latents: give its autoencoder with the chunks")
             latents = autoencoder.encode(chunks).mean
-        return self.backbone(self.stem(chunks, latents), state)
+        return self.read(chunks, state, latents)
+
+    def read(
+        self,
+        chunks: Int[Array, "B N K"],
+        state: BackboneState | None = None,
+        latents: Float[Array, "B N Z"] | None = None,
+        embedded: Float[Array, "B N K D"] | None = None,
+    ) -> tuple[Float[Array, "B N D"], BackboneState | None]:
+        """As `hidden`, with the latents that the stem reads; `embedded` replaces the embeddings of the chunks' tokens."""
+        hidden, state = self.backbone(self.stem(chunks, latents, embedded), state)
+        return hidden if self.direct is None else hidden + self.read_directly(chunks, embedded), state
+
+    def read_directly(self, chunks: Int[Array, "*b K"], embedded: Float[Array, "*b K D"] | None = None) -> Float[Array, "*b D"]:
+        """The part of each hidden state that its last chunk gives without the backbone: zeros unless `head_reads_chunk`."""
+        if self.direct is None:
+            return jnp.zeros((*chunks.shape[:-1], self.config.backbone.dim))
+        assert self.stem.embedding is not None
+        return self.direct(self.stem.embedding[...][chunks] if embedded is None else embedded)
 
     def sample(self, key: PRNGKey, hidden: Float[Array, "*b D"], num_samples: int) -> Float[Array, "S *b Z"]:
         """S independent samples of the next latent at every position."""

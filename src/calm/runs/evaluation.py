@@ -18,6 +18,7 @@ from calm.core.chunk_decoder import Decoding
 from calm.core.predictor import NextVector
 from calm.core.sampler import Sampler
 from calm.errors import UsageError
+from calm.evaluate.backbone_use import BackboneUse, measure_backbone_use
 from calm.evaluate.blocks import text_protocol
 from calm.evaluate.diagnosis import DiagnoseOptions, Diagnosis, diagnose
 from calm.evaluate.flops import Inference, Training, next_vector_inference, token_inference
@@ -109,6 +110,35 @@ def vector_use(
         fitted_on=fitted_on,
         num_samples=num_samples,
         decoding=decoding,
+        text=_protocol(model, opened, split, seed),
+        name=model.name,
+    )
+
+
+def backbone_use(
+    model: Bundle,
+    data: str | Path | None = None,
+    *,
+    split: str = "valid",
+    max_tokens: int | None = 8 * 1024,
+    num_samples: int = 8,
+    seed: int = 0,
+) -> BackboneUse | None:
+    """Judges whether the backbone of a next-vector model is read (`calm.evaluate.backbone_use`); None where there is too little
+    text."""
+    predictor, opened = _next_vector(model, "predicts no vector"), model.prepared_data(data)
+    blocks, documents, calibration, _ = _calibrated_blocks(model, opened, split, max_tokens, least=2)
+    if not enough_text(len(blocks), model.block_tokens // model.chunk_size):
+        return None
+    unigram, _ = fit_ngrams(model.training_data(opened).split("train"), model.tokenizer.vocab_size)
+    return measure_backbone_use(
+        predictor,
+        blocks,
+        documents,
+        stream(jax.random.key(seed), "backbone"),
+        unigram=unigram,
+        calibration=calibration,
+        num_samples=num_samples,
         text=_protocol(model, opened, split, seed),
         name=model.name,
     )

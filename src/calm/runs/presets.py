@@ -4,7 +4,7 @@ The small ones train on two cores in minutes. Against the published recipe they 
 (docs/log.md has the runs): kernels start at 1 / sqrt(fan-in) instead of .02, embeddings of the autoencoder at .1, learning
 rates are ten times higher with a cosine, a third of the autoencoder's chunks is random, and a decoder inside the chunk,
 trained by its likelihood, writes what the latent plans. The presets `-pure` have no such decoder: there the auxiliary
-cross-entropy is on.
+cross-entropy is on. The presets `-vector` have none either, and learn by other latents and another head (`_vector`).
 
 The published ones cite CALM, arXiv:2510.27688. `calm-on-z` and `calm-seal` are after descriptions by J. Adam, 2025
 (docs/calm-on-z.md): steps, batches, contexts, kernel, slots and weights are theirs; widths, layers and learning rates, which
@@ -32,6 +32,7 @@ from calm.heads.terms import AuxiliaryTerm, OwnTerm
 from calm.hybrid.backbone import of_pattern
 from calm.hybrid.convolution import ConvSSMConfig
 from calm.hybrid.hopfield import HopfieldConfig
+from calm.posteriors.parts import PartsAutoencoderConfig
 from calm.registry import suggestion
 from calm.runs.hybrid_presets import hybrids
 from calm.runs.stages import AutoencoderRun, LatentLMRun, TokenLMRun
@@ -164,6 +165,56 @@ def _written(pure: Preset, name: str, summary: str, *, steps: int, learning_rate
     lm = dataclasses.replace(pure.lm, model=model, loss=loss, train=train)
     rate = pure.lm.train.optimizer.learning_rate  # what a decoder inside the chunk likes is too much for a token model
     return dataclasses.replace(pure, name=name, summary=summary, lm=lm, token_learning_rate=rate)
+
+
+VECTOR_HEAD = FlowHeadConfig(
+    num_blocks=3,
+    solver="euler",
+    num_steps=8,
+    num_draws=1,
+    prediction="clean",
+    last_time=0.62,
+    trained_until=0.7,
+    start_share=0.15,
+)
+"""the flow head of the presets `-vector`: on parts of one token, most tokens are decided well before time .7"""
+
+
+def _vector(pure: Preset, name: str, summary: str, *, steps: int) -> Preset:
+    """`pure` with all text going through the vector and a recipe that learns it at this scale: latents of one part a token, a
+    flow head that predicts the clean latent, and the tokens of the last chunk given to the head directly."""
+    autoencoder = dataclasses.replace(
+        pure.autoencoder,
+        model=PartsAutoencoderConfig(latent_dim=pure.autoencoder.model.latent_dim),
+        train=dataclasses.replace(
+            pure.autoencoder.train,
+            steps=300,
+            optimizer=_cosine(6e-3, 60, weight_decay=0.01),
+            evaluate_every=300,
+            save_every=300,
+        ),
+    )
+    model = dataclasses.replace(pure.lm.model, head=VECTOR_HEAD, head_reads_chunk=True)
+    train = dataclasses.replace(
+        pure.lm.train,
+        steps=steps,
+        batch_size=2,
+        num_tokens=512,
+        optimizer=_cosine(4e-3, min(100, steps // 5)),
+        evaluate_every=max(1, steps // 2),
+        sample_every=max(1, steps // 2),
+        save_every=max(1, steps // 2),
+        best_metric="valid/objective",
+    )
+    lm = dataclasses.replace(pure.lm, model=model, loss=LatentLossConfig.of(OwnTerm()), train=train)
+    return dataclasses.replace(
+        pure,
+        name=name,
+        summary=summary,
+        autoencoder=autoencoder,
+        lm=lm,
+        token_learning_rate=pure.lm.train.optimizer.learning_rate,
+    )
 
 
 def _with_head(preset: Preset, suffix: str, head: HeadConfig) -> Preset:
@@ -328,6 +379,13 @@ _PRESETS = {
         _PURE_QUICKSTART,
         _PURE_TINY,
         _PURE_SMALL,
+        _vector(_PURE_QUICKSTART, "quickstart-vector", "quickstart with all text through the vector, by a flow", steps=1600),
+        _vector(
+            _PURE_TINY,
+            "wikitext2-tiny-vector",
+            "wikitext2-tiny with all text through the vector, by a flow; 2.7 M tokens of training",
+            steps=2650,
+        ),
         *(_with_head(_PURE_TINY, kind, head) for kind, head in _HEADS.items()),
         _on_z(
             _Z,

@@ -68,6 +68,16 @@ def context_decoder_run(
     return dataclasses.replace(run, loss=loss, train=_train(run.train, rate, run.train.best_metric))
 
 
+def flow_run(place: Place, *, autoencoder: str | None = None, head_reads_chunk: bool = False) -> LatentLMRun:
+    """All text through the vector by the flow head of the presets `-vector`, on the latents of the autoencoder of K = 4, or of
+    the study's cell of this name."""
+    base = presets.get("wikitext2-tiny-vector").lm
+    folder = place.autoencoder(4) if autoencoder is None else place.out / autoencoder / "seed-0"
+    model = dataclasses.replace(base.model, head_reads_chunk=head_reads_chunk)
+    train = _train(base.train, base.train.optimizer.learning_rate, "valid/objective")
+    return dataclasses.replace(base, data=place.data, autoencoder=str(folder), model=model, train=train)
+
+
 def with_model(run: LatentLMRun, **settings: Any) -> LatentLMRun:
     """The run with other settings of its model."""
     return dataclasses.replace(run, model=dataclasses.replace(run.model, **settings))

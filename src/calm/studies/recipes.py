@@ -10,7 +10,8 @@ from calm.heads.flow import FlowHeadConfig
 from calm.heads.mixture import MixtureHeadConfig
 from calm.heads.slot_energy import SlotEnergyTerm
 from calm.heads.terms import AnchorTerm, AuxiliaryTerm, OwnTerm
-from calm.studies.base_runs import context_decoder_run, pure_run, with_model
+from calm.runs import presets
+from calm.studies.base_runs import context_decoder_run, flow_run, pure_run, with_model
 from calm.studies.runner import Cell
 from calm.studies.study import LanguageModelStudy, Place
 
@@ -18,8 +19,16 @@ OWN_LOSS_HEADS = {"flow": FlowHeadConfig(), "diffusion": DiffusionHeadConfig(), 
 """heads whose own loss replaces the energy score"""
 
 
+PARTS = "autoencoder-parts"
+"""cell of the autoencoder with one part a token"""
+
+
 class RecipeStudy(LanguageModelStudy):
     """One cell a recipe. Steps at which loss terms change are scaled with the budget (`calm.studies.runner.sized`)."""
+
+    def autoencoders(self, place: Place) -> list[Cell]:
+        parts = dataclasses.replace(presets.get("wikitext2-tiny-vector").autoencoder, data=place.data)
+        return [*super().autoencoders(place), Cell(name=PARTS, run=parts)]
 
     def cells(self, place: Place, budget: float | None) -> list[Cell]:
         energy, auxiliary = pure_run(place), pure_run(place, 4, AuxiliaryTerm())
@@ -38,6 +47,9 @@ class RecipeStudy(LanguageModelStudy):
             "samples-16": pure_run(place, 4, AuxiliaryTerm(), num_samples=16),
             "head-4-blocks": with_model(auxiliary, head=EnergyHeadConfig(num_blocks=4)),
             **own_loss,
+            "flow-clean": flow_run(place),
+            "flow-clean-parts": flow_run(place, autoencoder=PARTS),
+            "flow-clean-parts-last": flow_run(place, autoencoder=PARTS, head_reads_chunk=True),
             "written": context_decoder_run(place),
             "written-from-hidden": context_decoder_run(place, reads="hidden"),
             "written-from-both": context_decoder_run(place, reads="both"),

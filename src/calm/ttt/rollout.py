@@ -158,7 +158,7 @@ def _reads(
         latents = latents[None]
     if lm.stem.embedding is not None and read.embedded is not None:
         embedded = _through(lm.stem.embedding[...][chunk], read.embedded)[None]
-    hidden, state = lm.backbone(lm.stem(chunk[None], latents, embedded), state)
+    hidden, state = lm.read(chunk[None], state, latents, embedded)
     return hidden[0], state
 
 
