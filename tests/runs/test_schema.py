@@ -12,7 +12,7 @@ import calm
 from calm import config
 from calm.errors import UsageError
 from calm.runs import presets, schema
-from calm.runs.stages import Run
+from calm.runs.stages import RunConfig
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "schema_1"
 CONFIGS = sorted(GOLDEN.glob("configs/*.toml"))
@@ -21,7 +21,7 @@ CONFIGS = sorted(GOLDEN.glob("configs/*.toml"))
 @pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)
 def test_old_files_are_read_as_the_presets_that_wrote_them(file):
     name, part = file.stem.rsplit(".", 1)
-    run = config.from_dict(Run, config.read_toml(file), where=str(file))
+    run = config.from_dict(RunConfig, config.read_toml(file), where=str(file))
     assert run == getattr(presets.get(name), part)
 
 
@@ -38,11 +38,13 @@ def test_a_run_folder_of_schema_1_computes_what_it_did():
 
 def test_a_file_without_a_version_is_of_today():
     with pytest.raises(UsageError, match="unknown key 'loss.energy_weight'"):
-        config.from_dict(Run, {"kind": "latent_lm", "loss": {"energy_weight": 0.5}}, where="file.toml")
+        config.from_dict(RunConfig, {"kind": "latent_lm", "loss": {"energy_weight": 0.5}}, where="file.toml")
 
 
 def test_parts_of_old_files_are_read_too():
-    run = config.from_dict(Run, {"schema_version": 1, "kind": "latent_lm", "loss": {"auxiliary_weight": 2.0, "alpha": 1.2}})
+    run = config.from_dict(
+        RunConfig, {"schema_version": 1, "kind": "latent_lm", "loss": {"auxiliary_weight": 2.0, "alpha": 1.2}}
+    )
     assert {name: term.weight for name, term in run.loss.terms.items()} == {"energy": 1.0, "auxiliary": 2.0}
     assert run.loss.terms["energy"].alpha == 1.2
 

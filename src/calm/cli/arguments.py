@@ -88,8 +88,9 @@ def _default(cls: Any, preset: str | None, files: list[str], prog: str) -> Any:
 def _choose_kinds(default: Any, words: list[str]) -> None:
     """Takes `--model.head.kind flow` out of the words and puts that member's defaults in the place of the present ones."""
     field = getattr(type(default), "configuration", None)
-    options = [word.partition("=")[0] for word in words if word.startswith("--")]
-    for option in options if field is not None else ():
+    if field is None:
+        return
+    for option in [word.partition("=")[0] for word in words if word.startswith("--")]:
         path, _, last = option[2:].replace("-", "_").rpartition(".")
         if path and last == config.KIND:
             chosen = config.with_kind(getattr(default, field), path, _take(words, option)[-1])

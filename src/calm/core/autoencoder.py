@@ -7,7 +7,7 @@ Decoder: Z -> D -> chunk layers -> D -> K*D -> token layers at each place -> nor
 """
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -185,7 +185,8 @@ class Autoencoder(nnx.Module):
     def __init__(self, config: AutoencoderConfig, *, rngs: nnx.Rngs, precision: Precision = "float32"):
         if config.vocab_size < 1:
             raise UsageError("autoencoder: vocab_size must be set before the model is built")
-        self.config, self.precision = config, precision
+        self.config: Any = config
+        self.precision = precision
         shape = (config.vocab_size, config.dim)
         self.embedding = nnx.Param(config.embedding_std * jax.random.normal(rngs.params(), shape, jnp.float32))
         self.encoder = Encoder(config, rngs=rngs, precision=precision)

@@ -5,7 +5,7 @@ chunk
 """
 
 import dataclasses
-from typing import ClassVar, Literal, Protocol, get_args, runtime_checkable
+from typing import Any, ClassVar, Literal, Protocol, get_args, runtime_checkable
 
 import jax.numpy as jnp
 from flax import nnx
@@ -25,12 +25,20 @@ DECODINGS: tuple[Decoding, ...] = get_args(Decoding)
 class DecoderConfig(Registered, family="decoder"):
     """Base of the configurations of decoders that are trained with the language model, in the autoencoder's place."""
 
-    reach: int
-    """number of tokens before a chunk that the decoder reads"""
-    reads_latent: bool
-    """whether it reads the sampled latent"""
-    reads_hidden: bool
-    """whether it reads the hidden state"""
+    @property
+    def reach(self) -> int:
+        """Number of tokens before a chunk that the decoder reads."""
+        raise NotImplementedError
+
+    @property
+    def reads_latent(self) -> bool:
+        """Whether it reads the sampled latent."""
+        raise NotImplementedError
+
+    @property
+    def reads_hidden(self) -> bool:
+        """Whether it reads the hidden state."""
+        raise NotImplementedError
 
     def build(
         self,
@@ -41,7 +49,8 @@ class DecoderConfig(Registered, family="decoder"):
         *,
         rngs: nnx.Rngs,
         precision: Precision = "float32",
-    ) -> "ChunkDecoder":
+    ) -> Any:
+        """A module that is a `ChunkDecoder`."""
         raise NotImplementedError
 
     def flops(self, hidden_dim: int, latent_dim: int, chunk_size: int, vocab_size: int, num_samples: int) -> int:
@@ -61,6 +70,11 @@ def recent_tokens(chunks: Int[Array, "*b N K"], reach: int) -> Int[Array, "*b N 
 @runtime_checkable
 class ChunkDecoder(Protocol):
     """Turns latents into tokens. `previous` holds the last `reach` tokens before the chunk."""
+
+    @property
+    def table(self) -> Float[Array, "V W"]:
+        """The token table whose product with the states are the logits."""
+        ...
 
     def write_chunks(
         self,

@@ -58,6 +58,10 @@ class Head(nnx.Module):
         """The head's own loss against the posterior of the next chunk, per position; only where `has_own_loss`."""
         raise NotImplementedError
 
+    def latent_noise(self, noise: Float[Array, "*b E"]) -> Float[Array, "*b Z"]:
+        """The noise that is mixed into a sample; only where `mixes_noise`."""
+        raise NotImplementedError
+
     def measures(self, hidden: Float[Array, "B N D"]) -> dict[str, Any]:
         """Values to log beside the loss."""
         return {}

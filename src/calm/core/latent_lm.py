@@ -13,7 +13,7 @@ from calm.core.dense import Dense, Precision, dense_flops
 from calm.core.energy_head import EnergyHeadConfig
 from calm.core.head import HeadConfig
 from calm.core.stem import ChunkCompression, Reads
-from calm.core.transformer import BackboneConfig, BackboneState, TransformerConfig
+from calm.core.transformer import BackboneState, TransformerConfig
 from calm.errors import UsageError
 from calm.rng import PRNGKey
 
@@ -30,7 +30,7 @@ class LatentLMConfig:
     """Z; 0 = taken from the autoencoder"""
     stem: Reads = "discrete"
     """input of each chunk: its tokens, its latent (continuous), or both"""
-    backbone: BackboneConfig = TransformerConfig()
+    backbone: TransformerConfig = TransformerConfig()
     head: HeadConfig = EnergyHeadConfig()
     context_decoder: DecoderConfig | None = None
     """a decoder trained with the model that writes the chunk; none = the frozen autoencoder decodes the latent (pure CALM)"""

@@ -114,8 +114,8 @@ class Mixer(Protocol):
 class MixerConfig(Registered, family="mixer"):
     """Base of the mixers' configurations: frozen keyword-only dataclasses, each registered under a capital letter."""
 
-    def build(self, dim: int, *, rngs: nnx.Rngs, precision: Precision = "float32") -> Mixer:
-        """The mixer at model width D = `dim`."""
+    def build(self, dim: int, *, rngs: nnx.Rngs, precision: Precision = "float32") -> Any:
+        """The `Mixer` at model width D = `dim`."""
         raise NotImplementedError
 
     def parameters(self, dim: int) -> int:

@@ -318,7 +318,7 @@ class LatentObjective:
     @property
     def divergence_hint(self) -> str:
         """A setting of this objective that may explain a loss that is not finite."""
-        energy = self.terms.get("energy")
+        energy: Any = self.terms.get("energy")
         return f"loss.terms.energy.alpha is {energy.alpha}; 1 is the safest" if energy is not None and energy.weight else ""
 
     def _builders(self) -> dict[str, Callable[[nnx.Rngs], nnx.Module]]:

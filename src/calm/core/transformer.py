@@ -29,10 +29,7 @@ NORM = dict(epsilon=1e-6)
 
 
 class BackboneConfig(Registered, family="backbone"):
-    """Base of the backbones' configurations; `TransformerConfig` defines all that a backbone's configuration has to define."""
-
-    dim: int
-    num_layers: int
+    """Family of the backbones' configurations. Members derive from `TransformerConfig`, which has all that one must define."""
 
 
 @BackboneConfig.register("transformer")

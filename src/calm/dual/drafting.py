@@ -232,7 +232,7 @@ def _decoder_flops(lm: LatentLMConfig, proposer: NextVector, latents: int) -> tu
         codec = proposer.autoencoder.config
         return float(latents * codec.decoder_flops()), latents * codec.vocabulary_flops() / lm.chunk_size
     writer = lm.context_decoder
-    count = latents if writer.use_latent else 1
+    count = latents if writer.reads_latent else 1
     sizes = (lm.backbone.dim, lm.latent_dim)
     shared = writer.flops(*sizes, 0, lm.vocab_size, count)
     return float(shared), float(writer.flops(*sizes, 1, lm.vocab_size, count) - shared)

@@ -258,7 +258,7 @@ class Speculation:
         """Draws latents and runs the part of the decoder that does not depend on tokens."""
         predictor = self.predictor
         writer = predictor.lm.context_decoder
-        if writer is not None and not writer.config.use_latent:
+        if writer is not None and not writer.reads_latent:
             return writer.plan(hidden, None)[:, 0]
         noise = predictor.draw_noise(key, (self.drafting.num_latents, 1)).latent
         assert noise is not None
@@ -433,7 +433,7 @@ def read_prompt(drafting: Drafting, models: Models, text: Int[Array, "T"], promp
     own = predictor.hidden(chunks, own)[1]
 
     writer = predictor.lm.context_decoder
-    count = 1 if writer is not None and not writer.config.use_latent else drafting.num_latents
+    count = 1 if writer is not None and not writer.reads_latent else drafting.num_latents
     shape = (size, predictor.table.shape[1]) if writer is None else (writer.config.dim,)
     proposer = Proposer(
         layers=unstack(own.layers, predictor.num_layers),

@@ -387,7 +387,7 @@ def _true_prefixes(
     """Head mean, one sample and voted sample: everything that is asked at true prefixes, in one pass."""
     graph, params = nnx.split(predictor)
     writer = getattr(predictor.lm, "context_decoder", None)
-    has_latents = writer is None or writer.config.use_latent
+    has_latents = writer is None or writer.reads_latent
     center = run_blocks(partial(_mean_latent, graph, params), blocks, None)[0].mean(0)
     score = partial(_score_prefixes, graph, params, options=options, has_latents=has_latents)
     probability = jnp.asarray(unigram.probability, jnp.float32)

@@ -20,8 +20,9 @@ from jaxtyping import Array, Float, Int
 
 from calm.core.dense import Dense, Precision
 from calm.core.mixer import Tap
-from calm.core.transformer import Backbone, BackboneState, TransformerConfig, by_layer, check_names
+from calm.core.transformer import Backbone, BackboneState, by_layer, check_names
 from calm.core.unrolled import Unrolled
+from calm.hybrid.backbone import HybridConfig
 
 
 class Controller(nnx.Module):
@@ -39,9 +40,9 @@ class Controller(nnx.Module):
 
 
 class SegmentReasoner(nnx.Module):
-    """`TransformerConfig.num_segments` runs of one `Backbone`; the last one's hidden state is what comes out."""
+    """`HybridConfig.num_segments` runs of one `Backbone`; the last one's hidden state is what comes out."""
 
-    def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs, precision: Precision = "float32"):
+    def __init__(self, config: HybridConfig, *, rngs: nnx.Rngs, precision: Precision = "float32"):
         self.config, self.tap = config, None
         self.stack = Backbone(config, rngs=rngs, precision=precision)
         self.controller = Controller(config.dim, config.num_periods * config.num_shares, rngs=rngs, precision=precision)

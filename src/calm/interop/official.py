@@ -23,6 +23,7 @@ published, so tests compare with the formulas written out a second time.
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -236,7 +237,8 @@ def _energy_head(weights: PublishedWeights, config: LatentLMConfig) -> dict[str,
 def _stepwise_head(weights: PublishedWeights, config: LatentLMConfig) -> dict[str, np.ndarray]:
     """Of a flow or a diffusion head: the network that is asked at every step."""
     dim, net = config.backbone.dim, "generative_head.net"
-    width = config.latent_dim * (2 if isinstance(config.head, DiffusionHeadConfig) else 1)
+    head: Any = config.head
+    width = config.latent_dim * (2 if head.kind == "diffusion" else 1)
 
     def block(index: int) -> dict[str, np.ndarray]:
         at = f"{net}.res_blocks.{index}"
@@ -252,7 +254,7 @@ def _stepwise_head(weights: PublishedWeights, config: LatentLMConfig) -> dict[st
         **_dense(weights, "head.net.embed_hidden", f"{net}.cond_embed", dim, dim),
         **_dense(weights, "head.net.time_inner", f"{net}.time_embed.mlp.0", 2 * FREQUENCIES, dim),
         **_dense(weights, "head.net.time_outer", f"{net}.time_embed.mlp.2", dim, dim),
-        **_stacked("head.net.blocks.layer", config.head.num_blocks, block),
+        **_stacked("head.net.blocks.layer", head.num_blocks, block),
         **_dense(weights, "head.net.modulation_out", f"{net}.final_layer.adaLN_modulation.1", dim, 2 * dim),
         **_dense(weights, "head.net.out", f"{net}.final_layer.linear", dim, width),
     }

@@ -7,6 +7,7 @@ VQ-VAE-2 (Razavi et al. 2019, arXiv:1906.00446), which keeps the codes of both l
 """
 
 import dataclasses
+from typing import Any
 
 from flax import nnx
 from jaxtyping import Array, Float, Int
@@ -44,8 +45,9 @@ class HierarchicalAutoencoderConfig(AutoencoderConfig):
     @property
     def lower(self) -> AutoencoderConfig:
         """The autoencoder of the parts."""
-        shared = {field.name: getattr(self, field.name) for field in dataclasses.fields(AutoencoderConfig)}
-        return AutoencoderConfig(**shared | dict(chunk_size=self.lower_chunk_size, latent_dim=self.lower_latent_dim))
+        shared: dict[str, Any] = {field.name: getattr(self, field.name) for field in dataclasses.fields(AutoencoderConfig)}
+        shared |= dict(chunk_size=self.lower_chunk_size, latent_dim=self.lower_latent_dim)
+        return AutoencoderConfig(**shared)
 
     @property
     def places(self) -> int:
@@ -75,7 +77,8 @@ class HierarchicalAutoencoder(Autoencoder):
     """
 
     def __init__(self, config: HierarchicalAutoencoderConfig, *, rngs: nnx.Rngs, precision: Precision = "float32"):
-        self.config, self.precision = config, precision
+        self.config: Any = config
+        self.precision = precision
         self.lower = Autoencoder(config.lower, rngs=rngs, precision=precision)
         sizes = dict(use_bias=True, init_std=config.init_std, precision=precision, rngs=rngs)
         self.from_lower = Dense(config.lower_latent_dim, config.dim, **sizes)

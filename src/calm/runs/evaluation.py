@@ -92,7 +92,7 @@ def vector_use(
         return NoVectorUse(name=model.name, reason="a token model predicts no vector")
     predictor = _next_vector(model, "predicts no vector")
     writer = predictor.lm.context_decoder
-    if writer is not None and not writer.config.use_latent:
+    if writer is not None and not writer.reads_latent:
         return NoVectorUse(name=model.name, reason="its decoder writes from the hidden state alone (use_latent is off)")
     opened = model.prepared_data(data)
     blocks, documents, calibration, fitted_on = _calibrated_blocks(model, opened, split, max_tokens, spread=True)
@@ -127,7 +127,7 @@ def backbone_use(
     """Judges whether the backbone of a next-vector model is read (`calm.evaluate.backbone_use`); None where there is too little
     text."""
     predictor, opened = _next_vector(model, "predicts no vector"), model.prepared_data(data)
-    blocks, documents, calibration, _ = _calibrated_blocks(model, opened, split, max_tokens, least=2)
+    blocks, documents, calibration, _ = _calibrated_blocks(model, opened, split, max_tokens, spread=True)
     if not enough_text(len(blocks), model.block_tokens // model.chunk_size):
         return None
     unigram, _ = fit_ngrams(model.training_data(opened).split("train"), model.tokenizer.vocab_size)

@@ -7,7 +7,7 @@ import dataclasses
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -50,13 +50,8 @@ AUTOENCODER = "autoencoder"
 MAX_VALIDATION_TOKENS = 64 * 1024
 
 
-class Run(Registered, family="run"):
-    """A run's whole configuration; written as config.toml into the run folder, where it alone reproduces the run."""
-
-    data: str
-    model: Any
-    loss: Any
-    train: TrainConfig
+class RunConfig(Registered, family="run"):
+    """Family of the runs' configurations; each is written as config.toml into its run folder, where it alone reproduces it."""
 
     @classmethod
     def from_schema_1(cls, table: Mapping[str, Any]) -> dict[str, Any]:
@@ -64,9 +59,9 @@ class Run(Registered, family="run"):
         return schema.run({"kind": cls.kind, **table} if cls.kind else table)
 
 
-@Run.register("autoencoder")
+@RunConfig.register("autoencoder")
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class AutoencoderRun(Run):
+class AutoencoderRun(RunConfig):
     """All of stage 1."""
 
     data: str = ""
@@ -76,9 +71,9 @@ class AutoencoderRun(Run):
     train: TrainConfig = TrainConfig()
 
 
-@Run.register("latent_lm")
+@RunConfig.register("latent_lm")
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LatentLMRun(Run):
+class LatentLMRun(RunConfig):
     """All of stage 2."""
 
     data: str = ""
@@ -90,9 +85,9 @@ class LatentLMRun(Run):
     train: TrainConfig = TrainConfig()
 
 
-@Run.register("token_lm")
+@RunConfig.register("token_lm")
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TokenLMRun(Run):
+class TokenLMRun(RunConfig):
     """All of the token baseline."""
 
     data: str = ""
@@ -100,6 +95,9 @@ class TokenLMRun(Run):
     model: TokenLMConfig = TokenLMConfig()
     loss: TokenLossConfig = TokenLossConfig()
     train: TrainConfig = TrainConfig()
+
+
+Run = AutoencoderRun | LatentLMRun | TokenLMRun
 
 
 def train_autoencoder(run: AutoencoderRun, out: str | Path, resume: str = "auto", *, quiet: bool = False) -> dict[str, Any]:
@@ -187,7 +185,7 @@ def load_run_config(folder: str | Path) -> Run:
     path = Path(folder) / "config.toml"
     if not path.is_file():
         raise UsageError(f"{folder}: not a run folder (no config.toml); `calm train` and `calm quickstart` make one")
-    return configuration.from_dict(Run, configuration.read_toml(path), where=str(path))
+    return cast(Run, configuration.from_dict(RunConfig, configuration.read_toml(path), where=str(path)))
 
 
 def load_autoencoder(folder: str | Path, precision: Precision = "float32") -> tuple[Autoencoder, Tokenizer | None]:

@@ -112,9 +112,10 @@ def locked(folder: Path) -> Iterator[bool]:
 def with_seed(run: Run, seed: int) -> Run:
     """The run with a seed, on the autoencoder of that seed where it names one that a study trained."""
     train = dataclasses.replace(run.train, seed=seed)
-    codes = Path(getattr(run, "autoencoder", ""))
-    if codes.name == "seed-0" and codes.parent.name.startswith("autoencoder-"):
-        return dataclasses.replace(run, train=train, autoencoder=str(codes.with_name(f"seed-{seed}")))
+    if isinstance(run, LatentLMRun):
+        codes = Path(run.autoencoder)
+        if codes.name == "seed-0" and codes.parent.name.startswith("autoencoder-"):
+            run = dataclasses.replace(run, autoencoder=str(codes.with_name(f"seed-{seed}")))
     return dataclasses.replace(run, train=train)
 
 

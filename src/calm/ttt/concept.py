@@ -232,7 +232,7 @@ def concept_critic(model: Bundle, concept: str, data: str | Path | None = None, 
     """Critic of a concept, and a description of the text it was found in: `by` the decoder's words (text) or by the latents'
     direction; auto = text where the decoder reads latents alone."""
     writer = model.lm.context_decoder if isinstance(model.lm, LatentLM) else None
-    if by == "text" or (by == "auto" and not (writer is not None and writer.config.use_hidden)):
+    if by == "text" or (by == "auto" and not (writer is not None and writer.reads_hidden)):
         critic, count = lexicon_critic(model, concept, data)
         return critic, f"{count} passages of text"
     direction, count = direction_critic(model, concept, data)

@@ -107,7 +107,7 @@ class LexiconCritic:
             UsageError: the decoder also reads the hidden state, which a trajectory of latents does not have.
         """
         writer = predictor.lm.context_decoder
-        if writer is not None and writer.config.use_hidden:
+        if writer is not None and writer.reads_hidden:
             raise UsageError(
                 "concept: this model's context decoder also reads the hidden state, so that what it writes does not follow "
                 "from latents alone"

@@ -53,7 +53,7 @@ def require_steerable(predictor: Any) -> NextVector:
     if not isinstance(predictor, NextVector):
         raise UsageError("alignment works on latents, and a token model has none; name the run of a latent language model")
     writer = predictor.lm.context_decoder
-    if writer is not None and not writer.config.use_latent:
+    if writer is not None and not writer.reads_latent:
         raise UsageError("alignment works on latents, and this model's context decoder reads none (use_latent = false)")
     return predictor
 
