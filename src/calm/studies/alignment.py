@@ -297,9 +297,13 @@ def picture(results: Sequence[dict[str, Any]], out: Path) -> None:
 
 
 def _interval(results: Sequence[dict[str, Any]], way: str, measure: str) -> Interval | None:
-    """Mean of a measure; None where there is nothing to count, as in texts without a word."""
+    """Mean of a measure over the prompts in which it counts anything, such as texts with a word; None without any."""
     sums = pooled(results, way, measure)
-    return bootstrap(sums, [_mean])[0] if sums.count.sum() else None
+    some = sums.count > 0
+    if not some.any():
+        return None
+    sums = dataclasses.replace(sums, total=sums.total[some], count=sums.count[some], document=sums.document[some])
+    return bootstrap(sums, [_mean])[0]
 
 
 def _percent(interval: Interval | None) -> Interval | None:

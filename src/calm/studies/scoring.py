@@ -132,7 +132,7 @@ def generation_speed(model: bundle.Bundle, num_tokens: int, batches: Sequence[in
 # -- over seeds -------------------------------------------------------------------------------------------------------
 
 
-def over_seeds(values: Sequence[float]) -> str:
+def over_seeds(values: Sequence[float | int]) -> str:
     """`mean ± half width` of Student's 95 % interval over seeds; the value alone for one seed."""
     mean = np.mean(values)
     if len(values) < 2:
