@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Generator, Sequence
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -58,61 +58,65 @@ class Generated(NamedTuple):
     decoding: str
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GenerationSettings:
+    """Settings of `generate` and `stream`, which take them as keywords."""
+
+    special: HasSpecialIds
+    """ids that mean something; begin and mask ids are never written"""
+    max_tokens: int
+    """most tokens to add to each prompt"""
+    sampler: Sampler = PLAIN
+    decoding: str = "argmax"
+    """choice of tokens given a latent: the decoder's "argmax", or "drawn" from its softmax at every place"""
+    context: int | None = None
+    """most chunks that prompt and continuation may have together, usually those of a training sequence; None = no limit"""
+    banned: Sequence[int] = ()
+    """ids that are never written: they are left out of the decoder's logits, before its argmax or softmax"""
+
+
 def generate(
-    predictor: Predictor,
-    prompts: Sequence[Int[np.ndarray, "_"] | Sequence[int]],
-    keys: Array,
-    *,
-    special: HasSpecialIds,
-    max_tokens: int,
-    sampler: Sampler = PLAIN,
-    decoding: str = "argmax",
-    context: int | None = None,
-    banned: Sequence[int] = (),
+    predictor: Predictor, prompts: Sequence[Int[np.ndarray, "_"] | Sequence[int]], keys: Array, **settings: Any
 ) -> Generated:
-    """Continues B prompts of any lengths by up to `max_tokens` tokens, in one compiled call without a word to the host.
+    """Continues B prompts of any lengths in one compiled call, without a round trip to the host.
 
-    `prompts` are token ids, possibly none; the end of a prompt is a chunk boundary and its first T mod K tokens form a chunk
-    filled from the left with begin ids. `keys` `[B]` has one random key a row (`calm.rng.row_keys`): in float32 a row gives the
-    same tokens in any batch, at any padding, as alone. A row stops at its first end token; the loop stops with its last row.
-    The begin and mask ids are never written, nor are the `banned` ones: they are left out of the decoder's logits, in front of
-    its argmax or softmax, so every draw comes from a model that cannot write them. `decoding` is how a latent becomes tokens:
-    the decoder's "argmax", or "drawn" from its softmax at every place. `context` is the most chunks that prompt and
-    continuation may have together, usually those of a training sequence; none = no limit.
+    Args:
+        prompts: token ids, possibly none. The end of a prompt is a chunk boundary, and its first T mod K tokens form a chunk
+            filled from the left with begin ids.
+        keys: `[B]`, one random key a row (`calm.rng.row_keys`). In float32 a row gives the same tokens in any batch, at any
+            padding, as alone.
+        settings: fields of `GenerationSettings`.
 
-    Raises UsageError for prompts that do not fit, and OutOfDraws where the exact sampler accepts no chunk within its budget.
-    CALM (arXiv:2510.27688) pads the last chunk of a prompt and takes prompts of equal length only.
+    A row stops at its first end token; the loop stops with its last row. CALM (arXiv:2510.27688) pads the last chunk of a
+    prompt and takes prompts of equal length only.
+
+    Raises:
+        UsageError: prompts or settings that do not fit.
+        OutOfDraws: the exact sampler accepts no chunk within its budget.
     """
-    job = _plan(predictor, prompts, keys, special, max_tokens, sampler, decoding, context, banned)
+    chosen = GenerationSettings(**settings)
+    job = _plan(predictor, prompts, keys, chosen)
     progress, chunks = steps.run(
         job.recipe, job.model, job.weights, keys, job.chunks, job.starts, job.history, job.capacity, jnp.int32(job.num_steps)
     )
     _require_chunks(job.recipe, progress)
     batch, chunk_size = job.chunks.shape[0], job.chunks.shape[2]
-    tokens = np.asarray(chunks[: job.num_steps]).swapaxes(0, 1).reshape(batch, job.num_steps * chunk_size)[:, :max_tokens]
-    return _report(progress, tokens, decoding)
+    tokens = np.asarray(chunks[: job.num_steps]).swapaxes(0, 1).reshape(batch, job.num_steps * chunk_size)
+    return _report(progress, tokens[:, : chosen.max_tokens], chosen.decoding)
 
 
 def stream(
-    predictor: Predictor,
-    prompts: Sequence[Int[np.ndarray, "_"] | Sequence[int]],
-    keys: Array,
-    *,
-    special: HasSpecialIds,
-    max_tokens: int,
-    sampler: Sampler = PLAIN,
-    decoding: str = "argmax",
-    context: int | None = None,
-    banned: Sequence[int] = (),
+    predictor: Predictor, prompts: Sequence[Int[np.ndarray, "_"] | Sequence[int]], keys: Array, **settings: Any
 ) -> Generator[Int[np.ndarray, "B K"], None, Generated]:
     """The tokens of `generate`, yielded chunk by chunk as they come; the last chunk may be cut by `max_tokens`.
 
     Rows that have ended yield end ids. The generator returns the `Generated` of the whole (`result = yield from stream(...)`).
     Arguments are checked when the first chunk is asked for.
     """
-    job = _plan(predictor, prompts, keys, special, max_tokens, sampler, decoding, context, banned)
+    chosen = GenerationSettings(**settings)
+    job = _plan(predictor, prompts, keys, chosen)
     progress = steps.prefill(job.model, job.chunks, job.starts, job.history, job.capacity)
-    return (yield from follow(job.recipe, job.weights, keys, progress, max_tokens))
+    return (yield from follow(job.recipe, job.weights, keys, progress, chosen.max_tokens))
 
 
 def follow(
@@ -145,20 +149,13 @@ class _Job(NamedTuple):
 
 
 def _plan(
-    predictor: Predictor,
-    prompts: Sequence[Int[np.ndarray, "_"] | Sequence[int]],
-    keys: Array,
-    special: HasSpecialIds,
-    max_tokens: int,
-    sampler: Sampler,
-    decoding: str,
-    context: int | None,
-    banned: Sequence[int],
+    predictor: Predictor, prompts: Sequence[Int[np.ndarray, "_"] | Sequence[int]], keys: Array, settings: GenerationSettings
 ) -> _Job:
     """Checks the arguments and lays the prompts out."""
     chunk_size, vocab_size = predictor.chunk_size, predictor.vocab_size
+    special, max_tokens, context = settings.special, settings.max_tokens, settings.context
     arrays = checked_prompts(prompts, vocab_size)
-    check_options(len(prompts), keys, max_tokens, decoding)
+    check_options(len(prompts), keys, max_tokens, settings.decoding)
     num_steps = -(-max_tokens // chunk_size)
     for row, ids in enumerate(arrays):
         length = len(chunk_prompt(ids, chunk_size, special.begin_id))
@@ -175,9 +172,9 @@ def _plan(
     capacity = chunks.shape[1] + rounded(num_steps) - 1
     model = Model(*nnx.split(predictor))
     return _Job(
-        recipe=Recipe(sampler=sampler, decoding=decoding),
+        recipe=Recipe(sampler=settings.sampler, decoding=settings.decoding),
         model=model,
-        weights=steps.prepare(model, jnp.asarray(allowed_ids(vocab_size, special, banned)), jnp.int32(special.end_id)),
+        weights=steps.prepare(model, jnp.asarray(allowed_ids(vocab_size, special, settings.banned)), jnp.int32(special.end_id)),
         chunks=jnp.asarray(chunks, jnp.int32),
         starts=jnp.asarray(starts, jnp.int32),
         history=history_of(chunks, special.begin_id, capacity),

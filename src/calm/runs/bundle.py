@@ -51,6 +51,7 @@ from calm.runs.stages import (
 from calm.runs.token_stage import load_token_lm
 from calm.runs.weight_files import read_json
 from calm.text.chunking import chunk_prompt
+from calm.text.continuation import ContinuationText, continuation_text
 from calm.text.shards import Data, open_data
 from calm.text.tokenizer import Tokenizer, load_tokenizer, require_same_tokenizer
 from calm.text.tokenizer_spec import WORDS
@@ -98,8 +99,34 @@ def load(folder: str | Path, *, precision: Literal["auto", "float32", "bfloat16"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class GenerationConfig:
+    """Settings of generation."""
+
+    max_tokens: int = 128
+    """most tokens to add to a prompt"""
+    temperature: float | str = 1.0
+    """any number above 0, "1/3" included"""
+    sampler: str | None = None
+    """"batch" (chunks, by `candidates` draws each), "exact" (chunks of the exact distribution, at most `max_draws` each) or
+    "best" (the chunk drawn most often); None = "batch", and the token's own probabilities for a token model"""
+    candidates: int = 200
+    max_draws: int = DEFAULT_BUDGET
+    top_k: int | None = None
+    """of chunks, or of tokens for a token model; so are top_p and min_p"""
+    top_p: float | None = None
+    min_p: float | None = None
+    no_repeat: int | None = None
+    """length of a run of tokens that is not written a second time"""
+    ban: Sequence[str | int] = ()
+    """token ids, or texts of one token each, that are never written"""
+    decoding: Decoding | None = None
+    """choice of tokens given a latent: "argmax" or "drawn"; None = as suits the model (`Predictor.decoding`)"""
+    seed: int = 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Bundle:
-    """What `calm.load` returns. `lm` is None for an autoencoder alone, `autoencoder` for a token model."""
+    """A loaded model. `lm` is None for an autoencoder alone, `autoencoder` for a token model."""
 
     folder: Path
     tokenizer: Tokenizer
@@ -125,46 +152,31 @@ class Bundle:
     def generate(
         self,
         prompts: str | Sequence[str] = "",
+        config: GenerationConfig | None = None,
         *,
-        max_tokens: int = 128,
-        temperature: float | str = 1.0,
-        sampler: str | None = None,
-        candidates: int = 200,
-        max_draws: int = DEFAULT_BUDGET,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        min_p: float | None = None,
-        no_repeat: int | None = None,
-        ban: Sequence[str | int] = (),
-        decoding: Decoding | None = None,
-        seed: int = 0,
         stream: Callable[[str], None] | None = None,
         state: str | Path | None = None,
         save_state: str | Path | None = None,
         rewindable: bool = False,
         rewind: int = 0,
+        **settings: Any,
     ) -> dict[str, Any]:
         """Continues each prompt; the empty prompt is unconditional.
 
         Args:
-            max_tokens: the most tokens that are added to a prompt.
-            temperature: any number above 0, `"1/3"` included.
-            sampler: "batch" (chunks, by `candidates` draws each), "exact" (chunks, the law itself, at most `max_draws` each) or
-                "best" (the chunk drawn most often); by default "batch", and the token's own probabilities for a token model.
-            top_k, top_p, min_p: which chunks (of a token model: tokens) may be chosen.
-            no_repeat: write no run of this many tokens twice.
-            ban: what is never written: token ids, or texts that are one token.
-            decoding: how a latent becomes tokens: "argmax" or "drawn"; by default as suits the model (`Predictor.decoding`).
+            config: settings of generation; by default those of `GenerationConfig()`.
+            settings: fields of `GenerationConfig`, in place of those of `config`: `temperature=0.5`.
             stream: called with every piece of text as it comes; for one prompt.
             state: a file of `save_state`, which takes the place of the prompts; rewind: chunks that are taken back first.
-            save_state: writes what the prompts left to this file, before they are continued (`calm.runs.saved_state`), with
-                room for the rest of the context; rewindable: in such a way that recurrences can be taken back too.
+            save_state: file to write the state after the prompts to, before they are continued (`calm.runs.saved_state`), with
+                room for the rest of the context; rewindable: so that recurrences can be taken back too.
         Returns:
             texts, tokens (counts), ended, fallback_share and draws (see `calm.core.generate.Generated`), decoding.
         Raises:
             UsageError: options out of range, or that do not go together.
             OutOfDraws: the exact sampler accepted no chunk within its budget.
         """
+        chosen = dataclasses.replace(config or GenerationConfig(), **settings)
         predictor = self.predictor
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         if not prompts:
@@ -172,26 +184,30 @@ class Bundle:
         ids = [self.tokenizer.encode(prompt) for prompt in prompts]
         saved = self._saved(ids, state, save_state, rewindable, rewind)
         rows = len(ids) if saved is None else len(saved.starts)
-        keys = row_keys(jax.random.key(seed), rows)
-        filters = dict(top_k=top_k, top_p=top_p, min_p=min_p)
+        read = (
+            ids if saved is None else [row[start:].reshape(-1) for row, start in zip(saved.chunks, saved.starts, strict=True)]
+        )
+        keys = row_keys(jax.random.key(chosen.seed), rows)
         options: dict[str, Any] = dict(
             special=self.tokenizer,
-            max_tokens=max_tokens,
-            sampler=self._sampler(temperature, sampler, candidates, max_draws, no_repeat, filters),
-            banned=[self.banned_id(each) for each in ban],
-            decoding=decoding or self.predictor.decoding,
+            max_tokens=chosen.max_tokens,
+            sampler=self._sampler(chosen),
+            banned=[self.banned_id(each) for each in chosen.ban],
+            decoding=chosen.decoding or self.predictor.decoding,
             context=self.block_tokens // self.chunk_size,
         )
         if stream is not None and rows != 1:
             raise UsageError(f"stream: takes one prompt, got {rows}")
         if saved is not None:
             del options["context"]  # the state has its room
-            result = self._stream(saved_state.resume(predictor, saved, keys, **options), stream or (lambda _: None))
+            continued = saved_state.resume(predictor, saved, keys, **options)
+            result = self._stream(continued, read[0], stream or (lambda _: None))
         elif stream is None:
             result = generate_tokens(predictor, ids, keys, **options)
         else:
-            result = self._stream(stream_tokens(predictor, ids, keys, **options), stream)
-        texts = [self.tokenizer.decode(row[:length]) for row, length in zip(result.tokens, result.lengths, strict=True)]
+            result = self._stream(stream_tokens(predictor, ids, keys, **options), read[0], stream)
+        written = zip(read, result.tokens, result.lengths, strict=True)
+        texts = [continuation_text(self.tokenizer, before, row[:length]) for before, row, length in written]
         return {
             "texts": texts,
             "tokens": result.lengths.tolist(),
@@ -307,24 +323,22 @@ class Bundle:
             raise UsageError(f"{self.folder}: holds an autoencoder only; name the run of a language model")
         return self.lm
 
-    def _sampler(
-        self,
-        temperature: float | str,
-        kind: str | None,
-        candidates: int,
-        max_draws: int,
-        no_repeat: int | None,
-        filters: dict[str, Any],
-    ) -> Sampler:
+    def _sampler(self, config: GenerationConfig) -> Sampler:
         """By probabilities where the model has them, unless a sampler that draws is asked for."""
-        if kind is None and isinstance(self.lm, TokenLM):
-            if no_repeat is not None:
+        filters = dict(top_k=config.top_k, top_p=config.top_p, min_p=config.min_p)
+        if config.sampler is None and isinstance(self.lm, TokenLM):
+            if config.no_repeat is not None:
                 raise UsageError(
                     "no_repeat: name a sampler that draws (batch, exact or best); a token model's own has no such rule"
                 )
-            return softmax_sampler(temperature, **filters)
+            return softmax_sampler(config.temperature, **filters)
         return from_temperature(
-            temperature, candidates, kind=kind or "batch", max_draws=max_draws, no_repeat=no_repeat, **filters
+            config.temperature,
+            config.candidates,
+            kind=config.sampler or "batch",
+            max_draws=config.max_draws,
+            no_repeat=config.no_repeat,
+            **filters,
         )
 
     def banned_id(self, token: str | int) -> int:
@@ -367,22 +381,18 @@ class Bundle:
         saved_state.save(save_state, saved, predictor)
         return saved
 
-    def _stream(self, chunks: Iterator[np.ndarray], say: Callable[[str], None]) -> Generated:
-        """The first row of what comes, said as text; returns what the generator returns."""
-        written, so_far = "", []
+    def _stream(self, chunks: Iterator[np.ndarray], prompt: Sequence[int], show: Callable[[str], None]) -> Generated:
+        """Shows the first row as its text settles; returns what the generator returns."""
+        text = ContinuationText(self.tokenizer, prompt)
         while True:
             try:
-                so_far.append(next(chunks)[0])
+                piece = text.add(next(chunks)[0])
             except StopIteration as stop:
-                result = stop.value
-                break
-            text = self.tokenizer.decode(np.concatenate(so_far))
-            # a character cut in two at a chunk boundary decodes to U+FFFD: hold it back until the rest has come
-            whole = text.rstrip("\N{REPLACEMENT CHARACTER}")
-            if whole.startswith(written):
-                say(whole[len(written) :])
-                written = whole
-        return result
+                if piece := text.finish():
+                    show(piece)
+                return stop.value
+            if piece:
+                show(piece)
 
 
 def _with_text(report: Any, counted: Callable[[int], ScoredText]) -> Any:
