@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import jax
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from calm.core.autoencoder import Autoencoder
 from calm.core.choose import DEFAULT_BUDGET, from_temperature
@@ -381,7 +381,7 @@ class Bundle:
         saved_state.save(save_state, saved, predictor)
         return saved
 
-    def _stream(self, chunks: Iterator[np.ndarray], prompt: Sequence[int], show: Callable[[str], None]) -> Generated:
+    def _stream(self, chunks: Iterator[np.ndarray], prompt: Int[np.ndarray, "_"], show: Callable[[str], None]) -> Generated:
         """Shows the first row as its text settles; returns what the generator returns."""
         text = ContinuationText(self.tokenizer, prompt)
         while True:

@@ -32,6 +32,7 @@ from calm.runs import schema
 from calm.runs.folders import export_autoencoder, load_exported_autoencoder
 from calm.runs.init_from import StartingPoint, open_exported, readable
 from calm.text.batches import Batches, evaluation_blocks
+from calm.text.continuation import continuation_text
 from calm.text.manifest import read_manifest
 from calm.text.prompted_batches import PromptedBatches
 from calm.text.shards import Data, open_data
@@ -347,7 +348,7 @@ def samples(predictor: Predictor, data: Data, num_tokens: int, at_half: Sampler)
         options: dict[str, Any] = dict(special=tokenizer, max_tokens=min(64, num_tokens), decoding=predictor.decoding)
         result = generate(predictor, prompts, keys, sampler=sampler, **options)
         for prompt, tokens, length in zip(prompts, result.tokens, result.lengths, strict=True):
-            parts.append(f"[{name}] {tokenizer.decode(prompt)} >>> {tokenizer.decode(tokens[:length])}")
+            parts.append(f"[{name}] {tokenizer.decode(prompt)} >>> {continuation_text(tokenizer, prompt, tokens[:length])}")
     return "\n\n".join(parts)
 
 
