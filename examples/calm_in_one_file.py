@@ -12,10 +12,11 @@ Source: Continuous Autoregressive Language Models (Shao et al. 2025, arXiv:2510.
 
     part                                      paper                 the same in src/calm/core
     1 layers                                  [7.1]                 mlp.py attention.py rotary.py
-    2 autoencoder and its loss                [2, Eq. 1-4]          autoencoder.py gaussian.py clipped_kl.py objective.py
-    3 stem, transformer, energy head, loss    [3, Eq. 5-7, 9, 10]   stem.py latent_lm.py energy_head.py energy_score.py
+    2 autoencoder and its loss                [2, Eq. 1-4]          autoencoder.py gaussian.py clipped_kl.py
+    3 stem, transformer, energy head, loss    [3, Eq. 5-7, 9, 10]   stem.py transformer.py energy_head.py energy_score.py
     4 BrierLM                                 [4.2, Eq. 12-15]      brier_lm.py
     5 temperature 1/n, generation             [5.3, Algorithm 2]    temperature.py counts.py generate.py
+      the losses of 2 and 3                   [Eq. 2, 10]           objective.py
 """
 
 import argparse
