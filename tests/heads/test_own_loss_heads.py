@@ -115,8 +115,8 @@ CONTEXTS, FAR, STD, SHARE = normal(2, DIM, seed=5), 2.0, 0.3, 0.7
     ("config", "width", "learning_rate"),
     [
         (FlowHeadConfig(num_blocks=1, num_draws=4), STD, 1e-2),
-        # means at the end of the path: of codes without a width, as far as a network of one block knows
-        (FlowHeadConfig(num_blocks=1, num_draws=4, prediction="clean", solver="euler", last_time=0.7), 0.0, 1e-2),
+        # the spread of E[x_1 | x_t] at t = .7: t STD^2 / sqrt(t^2 STD^2 + (1 - t)^2)
+        (FlowHeadConfig(num_blocks=1, num_draws=4, prediction="clean", solver="euler", last_time=0.7), 0.172, 1e-2),
         (DiffusionHeadConfig(num_blocks=1, num_steps=25, num_draws=4), STD, 1e-2),
         (MixtureHeadConfig(num_blocks=1, num_components=8, num_draws=4), STD, 5e-3),
     ],
