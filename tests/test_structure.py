@@ -76,6 +76,52 @@ def test_the_room_reader_sees_every_form_of_import(source, layers):
     assert imported_rooms(PACKAGE / "train" / "steps.py", source) == layers
 
 
+def module_of(file: Path) -> str:
+    return ".".join(("calm", *file.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(".__init__")
+
+
+def test_no_circle_of_files():
+    """At the top of a file or inside a function."""
+    modules = {module_of(file): file for file in FILES}
+    graph: dict[str, set[str]] = {}
+    for name, file in modules.items():
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "calm":
+                found = {f"{node.module}.{alias.name}" for alias in node.names} & modules.keys()
+                graph.setdefault(name, set()).update((found or {node.module} & modules.keys()) - {name})
+    done: set[str] = set()
+
+    def visit(name: str, path: tuple[str, ...]) -> None:
+        assert name not in path, " -> ".join((*path[path.index(name) :], name))
+        if name not in done:
+            for other in sorted(graph.get(name, ())):
+                visit(other, (*path, name))
+            done.add(name)
+
+    for name in modules:
+        visit(name, ())
+
+
+def explained(text: str) -> set[str]:
+    """Letters that a legend explains: "B batch", "Y latent width of a part"."""
+    return set(re.findall(r"(?:^|[\s·(,])([A-Z]\w?) +(?=[a-z\[])", text))
+
+
+def test_axis_letters_are_in_a_legend():
+    """In that of shapes.py, or in the docstring of the file or of the definition that uses them."""
+    shared, wrong = explained((PACKAGE / "shapes.py").read_text()), []
+    for file in FILES:
+        source = file.read_text()
+        known = shared | explained(ast.get_docstring(ast.parse(source)) or "")
+        used = {
+            letter.lstrip("*#_.?+")
+            for annotation in re.findall(r'(?:Float|Int|Bool|Integer)\[[^,\]]+, "([^"]*)"\]', source)
+            for letter in annotation.split()
+        }
+        wrong += [f"{file.relative_to(ROOT)}: {x}" for x in sorted(used - known) if re.fullmatch(r"[A-Z]", x)]
+    assert not wrong, wrong
+
+
 def test_no_file_over_500_lines():
     files = [file for folder in ("src", "tests", "benchmarks", "examples") for file in (ROOT / folder).rglob("*.py")]
     long = {str(file.relative_to(ROOT)): count for file in files if (count := len(file.read_text().splitlines())) > 500}

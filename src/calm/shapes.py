@@ -1,21 +1,15 @@
-"""Axis letters, written once. Annotations, einsum strings and docstrings use these and no others.
+"""Axis letters. Annotations, einsum strings and docstrings use these, and letters that the docstring of their file explains.
 
     B batch                         N chunks in a sequence (paper: L)     Z latent width (paper: l)
     T tokens                        K tokens in a chunk                   D model width (paper: d)
     V vocabulary                    S samples of the model (paper: N)     M draws of the target
     H attention heads               G key-value heads                     E noise width of the head
     C width of one attention head   I inner width of an MLP               R rows: all leading axes flattened
-    P parts of a chunk              Y latent width of a part              (of a hierarchical autoencoder)
+    P parts of a chunk, or paths    Y latent width of a part              W width of a token table
+    A places at which something is  O orders of n-grams                   F measured values of a block
+      asked, in ascending order     Q queries, or blocks to calibrate on  U units that a bootstrap resamples
+    J gates of a recurrent unit     X an axis of this annotation alone
 
 `*b` stands for any leading axes. The paper is CALM, arXiv:2510.27688; its letters clash (N samples, L chunks, l latent width).
+`tests/test_structure.py` holds annotations against this list.
 """
-
-from jax import Array
-from jaxtyping import Bool, Float, Int
-
-Tokens = Int[Array, "B T"]
-Chunks = Int[Array, "B N K"]
-Latents = Float[Array, "B N Z"]
-Hidden = Float[Array, "B N D"]
-Samples = Float[Array, "S B N Z"]
-Mask = Bool[Array, "B N"]

@@ -23,6 +23,7 @@ from calm.core.mlp import SwiGLU
 from calm.core.transformer import BackboneConfig, Block, TransformerConfig
 from calm.errors import UsageError
 from calm.hybrid.gates import GatedMixer, States, gate_flops, gate_parameters
+from calm.hybrid.reasoner import SegmentReasoner
 
 
 @BackboneConfig.register("hybrid")
@@ -120,8 +121,6 @@ class HybridConfig(TransformerConfig):
         """A `Backbone`, or around it a `SegmentReasoner`, which is called the same way."""
         if self.num_segments == 1:
             return super().build(rngs=rngs, precision=precision)
-        from calm.hybrid.reasoner import SegmentReasoner  # it reads this configuration
-
         return SegmentReasoner(self, rngs=rngs, precision=precision)
 
     def parameters(self) -> int:

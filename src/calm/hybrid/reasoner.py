@@ -22,7 +22,6 @@ from calm.core.dense import Dense, Precision
 from calm.core.mixer import Tap
 from calm.core.transformer import Backbone, BackboneState, by_layer, check_names
 from calm.core.unrolled import Unrolled
-from calm.hybrid.backbone import HybridConfig
 
 
 class Controller(nnx.Module):
@@ -40,9 +39,9 @@ class Controller(nnx.Module):
 
 
 class SegmentReasoner(nnx.Module):
-    """`HybridConfig.num_segments` runs of one `Backbone`; the last one's hidden state is what comes out."""
+    """`num_segments` runs of one `Backbone`, whose last hidden state is returned; `config` is a `HybridConfig`."""
 
-    def __init__(self, config: HybridConfig, *, rngs: nnx.Rngs, precision: Precision = "float32"):
+    def __init__(self, config: Any, *, rngs: nnx.Rngs, precision: Precision = "float32"):
         self.config, self.tap = config, None
         self.stack = Backbone(config, rngs=rngs, precision=precision)
         self.controller = Controller(config.dim, config.num_periods * config.num_shares, rngs=rngs, precision=precision)

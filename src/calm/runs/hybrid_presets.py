@@ -11,24 +11,21 @@ The small ones are for two cores.
 """
 
 import dataclasses
-from typing import TYPE_CHECKING
 
 from calm.core.transformer import TransformerConfig
 from calm.hybrid.backbone import HybridConfig, of_pattern
 from calm.hybrid.hopfield import HopfieldConfig
+from calm.runs.preset import Preset
 from calm.runs.stages import TokenLMRun
 from calm.token.model import TokenLMConfig
 from calm.token.objective import TokenLossConfig
 from calm.train.optim import OptimizerConfig
 from calm.train.settings import TrainConfig
 
-if TYPE_CHECKING:
-    from calm.runs.presets import Preset
-
 DEPTHS = (3, 2, 2, 1)
 
 
-def hybrids(token_base: "Preset", latent_base: "Preset", large_base: "Preset") -> tuple["Preset", ...]:
+def hybrids(token_base: Preset, latent_base: Preset, large_base: Preset) -> tuple[Preset, ...]:
     """The presets; each base gives what has nothing to do with its backbone: autoencoder, head, losses, small schedules."""
     words, pieces = _large(dim=512, inner_dim=1024, table_dim=256), _large(dim=640, inner_dim=2240, table_dim=0)
     return (
@@ -47,12 +44,12 @@ def hybrids(token_base: "Preset", latent_base: "Preset", large_base: "Preset") -
     )
 
 
-def _on(base: "Preset", name: str, summary: str, backbone: TransformerConfig) -> "Preset":
+def _on(base: Preset, name: str, summary: str, backbone: TransformerConfig) -> Preset:
     lm = dataclasses.replace(base.lm, model=dataclasses.replace(base.lm.model, backbone=backbone))
     return dataclasses.replace(base, name=name, summary=summary, lm=lm)
 
 
-def _small(base: "Preset") -> TransformerConfig:
+def _small(base: Preset) -> TransformerConfig:
     """Its backbone with three paths a layer; the memory is one of learned slots."""
     memory = HopfieldConfig(num_slots=64, num_heads=4, refinements=DEPTHS)
     return of_pattern(base.lm.model.backbone, "SHA", mixers={"H": memory})

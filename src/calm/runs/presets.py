@@ -12,7 +12,7 @@ they do not give, are ours.
 """
 
 import dataclasses
-from typing import Any, Literal
+from typing import Literal
 
 from calm.core.autoencoder import AutoencoderConfig
 from calm.core.energy_head import EnergyHeadConfig
@@ -35,40 +35,13 @@ from calm.hybrid.hopfield import HopfieldConfig
 from calm.posteriors.parts import PartsAutoencoderConfig
 from calm.registry import suggestion
 from calm.runs.hybrid_presets import hybrids
-from calm.runs.stages import AutoencoderRun, LatentLMRun, TokenLMRun
-from calm.token.model import TokenLMConfig
+from calm.runs.preset import Preset
+from calm.runs.stages import AutoencoderRun, LatentLMRun
 from calm.train.optim import OptimizerConfig
 from calm.train.settings import TrainConfig
 
 SMALL_WRITER = ContextDecoderConfig(num_layers=1, inner_dim=344, recall=512)
 """the decoder inside the chunk of the small presets: what it looks back on is worth more than more layers (docs/log.md)"""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Preset:
-    """Both stages and the tokenizer that they are meant for."""
-
-    name: str
-    summary: str
-    tokenizer: str
-    """as in `calm data prepare --tokenizer`"""
-    autoencoder: AutoencoderRun
-    lm: LatentLMRun
-    token_learning_rate: float | None = None
-    """of the token baseline; None = that of `lm`"""
-    token: TokenLMRun | None = None
-    """the token model, where it has settings of its own"""
-
-    @property
-    def token_lm(self) -> TokenLMRun:
-        """The baseline on the backbone and number of tokens of `lm`, at its own learning rate."""
-        if self.token is not None:
-            return self.token
-        chosen: dict[str, Any] = {"best_metric": "valid/nats_per_token", "best_is": "lowest"}
-        model = TokenLMConfig(backbone=self.lm.model.backbone, init_std=self.lm.model.init_std)
-        if self.token_learning_rate is not None:
-            chosen["optimizer"] = dataclasses.replace(self.lm.train.optimizer, learning_rate=self.token_learning_rate)
-        return TokenLMRun(model=model, train=dataclasses.replace(self.lm.train, **chosen))
 
 
 def get(name: str) -> Preset:
