@@ -139,3 +139,21 @@ def test_decay_spares_biases_gains_and_recurrences_however_they_are_stacked():
 def test_nonsense_optimisers_cannot_be_configured(values):
     with pytest.raises(UsageError, match=f"optimizer: {next(iter(values))}"):
         OptimizerConfig(**values)
+
+
+def test_factors_scale_the_step_of_the_parameters_they_name():
+    params = {"lm": {"backbone": {"kernel": jnp.ones((2, 2))}, "table": jnp.ones((2, 2))}}
+    gradients = jax.tree.map(lambda x: 0.5 * x, params)
+    plain, slow = (
+        OptimizerConfig(warmup_steps=0, factors=factors).build(10) for factors in ({}, {r"^lm\.backbone\.": 0.25, "table": 1.0})
+    )
+    (whole, _), (scaled, _) = (optimizer.update(gradients, optimizer.init(params), params) for optimizer in (plain, slow))
+    np.testing.assert_allclose(scaled["lm"]["backbone"]["kernel"], 0.25 * whole["lm"]["backbone"]["kernel"], rtol=1e-6)
+    np.testing.assert_array_equal(scaled["lm"]["table"], whole["lm"]["table"])
+    assert jax.tree.structure(plain.init(params)) == jax.tree.structure(OptimizerConfig(warmup_steps=0).build(10).init(params))
+
+
+@pytest.mark.parametrize(("factors", "words"), [({"(": 1.0}, "factors is not a regular"), ({"x": -1.0}, "cannot be negative")])
+def test_bad_factors_are_refused(factors, words):
+    with pytest.raises(UsageError, match=words):
+        OptimizerConfig(factors=factors)

@@ -18,6 +18,7 @@ import optax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
+from calm.config import FrozenDict
 from calm.errors import UsageError
 from calm.train.trees import map_named
 
@@ -45,6 +46,9 @@ class OptimizerConfig:
     """regular expression: parameters whose name it finds are not decayed, nor are those with fewer than two axes"""
     clip_norm: float = 1.0
     """largest global norm of a gradient; 0 = no clipping"""
+    factors: dict[str, float] = dataclasses.field(default_factory=FrozenDict)
+    """factors of the learning rate of the parameters whose name a regular expression finds, the first that does: a backbone may
+    want a tenth of the rate of a token table"""
 
     def __post_init__(self) -> None:
         if not self.learning_rate > 0:
@@ -55,10 +59,14 @@ class OptimizerConfig:
             raise UsageError(f"optimizer: betas must lie in [0, 1), got {self.betas}")
         if not 0 <= self.final_fraction <= 1:
             raise UsageError(f"optimizer: final_fraction must lie in [0, 1], got {self.final_fraction}")
-        try:
-            re.compile(self.no_decay)
-        except re.error as error:
-            raise UsageError(f"optimizer: no_decay is not a regular expression: {error}") from error
+        object.__setattr__(self, "factors", FrozenDict(self.factors))
+        for name, pattern in (("no_decay", self.no_decay), *(("factors", pattern) for pattern in self.factors)):
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise UsageError(f"optimizer: {name} is not a regular expression: {error}") from error
+        if any(not factor >= 0 for factor in self.factors.values()):
+            raise UsageError(f"optimizer: factors cannot be negative, got {dict(self.factors)}")
 
     def build_schedule(self, total_steps: int) -> Schedule:
         """The learning rate of the update that leads from `step` to `step + 1`."""
@@ -85,7 +93,16 @@ class OptimizerConfig:
             weight_decay=self.weight_decay,
             mask=self.decayed,
         )
-        return optax.chain(optax.clip_by_global_norm(self.clip_norm), adamw) if self.clip_norm else adamw
+        parts = [optax.clip_by_global_norm(self.clip_norm)] if self.clip_norm else []
+        parts += [adamw, *([optax.stateless(lambda updates, _: self._scaled(updates))] if self.factors else [])]
+        return optax.chain(*parts) if len(parts) > 1 else adamw
+
+    def factor(self, name: str) -> float:
+        """Factor of the learning rate of a parameter, by its dotted name."""
+        return next((factor for pattern, factor in self.factors.items() if re.search(pattern, name)), 1.0)
+
+    def _scaled(self, updates: Any) -> Any:
+        return map_named(lambda name, leaf: self.factor(name) * leaf, updates)
 
     def decayed(self, params: Any) -> Any:
         """Which leaves of `params` are decayed: the same tree of booleans."""
