@@ -176,6 +176,7 @@ VECTOR_HEAD = FlowHeadConfig(
     last_time=0.62,
     trained_until=0.7,
     start_share=0.15,
+    network="residual",
 )
 """the flow head of the presets `-vector`: on parts of one token, most tokens are decided well before time .7"""
 
