@@ -380,7 +380,7 @@ _PRESETS = {
         _PURE_QUICKSTART,
         _PURE_TINY,
         _PURE_SMALL,
-        _vector(_PURE_QUICKSTART, "quickstart-vector", "quickstart with all text through the vector, by a flow", steps=1600),
+        _vector(_PURE_QUICKSTART, "quickstart-vector", "quickstart with all text through the vector, by a flow", steps=3000),
         _vector(
             _PURE_TINY,
             "wikitext2-tiny-vector",
