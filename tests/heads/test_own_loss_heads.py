@@ -30,6 +30,7 @@ HEADS = {
         trained_until=0.7,
         start_share=0.2,
     ),
+    "residual": FlowHeadConfig(num_blocks=2, solver="euler", num_steps=5, num_draws=3, network="residual"),
     "diffusion": DiffusionHeadConfig(num_blocks=2, num_steps=4, num_draws=3),
     "mixture": MixtureHeadConfig(num_blocks=2, num_components=3, num_draws=3),
 }
@@ -97,7 +98,7 @@ def test_flops_are_those_of_the_products_in_the_program(name):
     noise = jax.ShapeDtypeStruct((SAMPLES, positions, width), jnp.float32)
     latent = jax.ShapeDtypeStruct((positions, LATENT), jnp.float32)
     made = matmul_flops(lambda params, hidden, noise: nnx.merge(graphdef, params)(hidden, noise), params, hidden, noise)
-    calls = {"midpoint": 6, "euler": 5, "clean": 5, "diffusion": 4, "mixture": 0}[name]
+    calls = {"midpoint": 6, "euler": 5, "clean": 5, "residual": 5, "diffusion": 4, "mixture": 0}[name]
     times = calls * 2 * (256 * DIM + DIM * DIM)  # embedded once for all positions
     assert made == positions * config.flops(DIM, LATENT, SAMPLES) + times
 

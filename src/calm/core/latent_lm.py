@@ -79,11 +79,11 @@ class LatentLMConfig:
         return self.backbone.training_flops(context) + 3 * self._around_flops(num_samples)
 
     def _around_flops(self, num_samples: int) -> int:
-        """Forward, of stem and head."""
+        """Forward, of stem and head; of a head that gives no samples, such as one trained by its own loss, nothing."""
         dim = self.backbone.dim
         stem = ChunkCompression.flops(self.chunk_size, dim, self.latent_dim, self.stem)
         direct = DirectChunk.flops(self.chunk_size, dim) if self.head_reads_chunk else 0
-        return stem + direct + self.head.flops(dim, self.latent_dim, num_samples)
+        return stem + direct + (self.head.flops(dim, self.latent_dim, num_samples) if num_samples else 0)
 
     def writing_flops(self, num_samples: int) -> int:
         """Forward FLOPs of the context decoder at one position, for `num_samples` latents; 0 without one."""

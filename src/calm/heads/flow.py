@@ -14,12 +14,15 @@ from calm.core.head import Head, HeadConfig
 from calm.core.posterior import Posterior
 from calm.errors import UsageError
 from calm.heads.modulated_mlp import TIMES, ModulatedMLP, stratified, whole_time
+from calm.heads.residual_mlp import ResidualMLP
 from calm.rng import PRNGKey, stream
 
 Solver = Literal["midpoint", "euler"]
 CALLS: dict[Solver, int] = {"midpoint": 2, "euler": 1}
 """how often each solver asks the network in one step"""
 Prediction = Literal["velocity", "clean"]
+Network = Literal["modulated", "residual"]
+NETWORKS: dict[Network, type[ModulatedMLP] | type[ResidualMLP]] = {"modulated": ModulatedMLP, "residual": ResidualMLP}
 
 
 @HeadConfig.register("flow")
@@ -43,6 +46,8 @@ class FlowHeadConfig(HeadConfig):
     """largest time in the loss; at least last_time"""
     start_share: float = 0.0
     """share of the loss's draws at time 0, where the network has noise alone; the others are uniform up to trained_until"""
+    network: Network = "modulated"
+    """how the network is told hidden state and time: by adaptive norms, as published, or added to the latent"""
 
     def __post_init__(self) -> None:
         if min(self.num_blocks, self.num_steps, self.num_draws) < 1:
@@ -70,14 +75,16 @@ class FlowHeadConfig(HeadConfig):
 
     def flops(self, dim: int, latent_dim: int, num_samples: int) -> int:
         """Forward FLOPs of `num_samples` samples at one position. The embedded times, equal everywhere, are left out."""
-        shared = ModulatedMLP.condition_flops(dim, self.num_blocks)
-        each = ModulatedMLP.latent_flops(dim, latent_dim, latent_dim, self.num_blocks)
+        network = NETWORKS[self.network]
+        shared = network.condition_flops(dim, self.num_blocks)
+        each = network.latent_flops(dim, latent_dim, latent_dim, self.num_blocks)
         return dense_flops(dim, dim) + self.evaluations * (shared + num_samples * each)
 
     def loss_flops(self, dim: int, latent_dim: int) -> int:
         """Forward FLOPs of the head's own loss at one position."""
-        condition = ModulatedMLP.time_flops(dim) + ModulatedMLP.condition_flops(dim, self.num_blocks)
-        each = ModulatedMLP.latent_flops(dim, latent_dim, latent_dim, self.num_blocks)
+        network = NETWORKS[self.network]
+        condition = network.time_flops(dim) + network.condition_flops(dim, self.num_blocks)
+        each = network.latent_flops(dim, latent_dim, latent_dim, self.num_blocks)
         return dense_flops(dim, dim) + self.num_draws * (condition + each)
 
 
@@ -97,7 +104,8 @@ class FlowHead(Head):
 
     def __init__(self, config: FlowHeadConfig, dim: int, latent_dim: int, *, rngs: nnx.Rngs, precision: Precision = "float32"):
         self.config, self.latent_dim, self.noise_dim = config, latent_dim, latent_dim
-        self.net = ModulatedMLP(dim, latent_dim, latent_dim, config.num_blocks, precision=precision, rngs=rngs)
+        network = NETWORKS[config.network]
+        self.net = network(dim, latent_dim, latent_dim, config.num_blocks, precision=precision, rngs=rngs)
 
     def draw_noise(self, key: PRNGKey, shape: tuple[int, ...]) -> Float[Array, "*shape Z"]:
         """Starting points for samples of leading shape `shape`."""

@@ -149,6 +149,7 @@ VECTOR_HEAD = FlowHeadConfig(
     last_time=0.62,
     trained_until=0.7,
     start_share=0.15,
+    network="residual",
 )
 """the flow head of the presets `-vector`: on parts of one token, most tokens are decided well before time .7"""
 
@@ -352,7 +353,7 @@ _PRESETS = {
         _PURE_QUICKSTART,
         _PURE_TINY,
         _PURE_SMALL,
-        _vector(_PURE_QUICKSTART, "quickstart-vector", "quickstart with all text through the vector, by a flow", steps=1600),
+        _vector(_PURE_QUICKSTART, "quickstart-vector", "quickstart with all text through the vector, by a flow", steps=3000),
         _vector(
             _PURE_TINY,
             "wikitext2-tiny-vector",
