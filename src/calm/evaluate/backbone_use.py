@@ -91,6 +91,11 @@ class BackboneUse:
         cost = self.cost("foreign").estimate
         return "read" if cost >= USED else "not read" if cost < UNUSED else "weak"
 
+    @property
+    def finding(self) -> str:
+        """The cost and what follows from it, in one line."""
+        return f"another text's output of it costs {interval_text(self.cost('foreign'), 3)} nats a token: {self.verdict}"
+
     def to_dict(self) -> dict[str, Any]:
         return {
             "name": self.name,

@@ -10,7 +10,7 @@ from calm.core.intervals import Interval
 from calm.evaluate.plots import brier_bars, noise_curves, training_curves
 from calm.evaluate.scores import brier_table
 from calm.runs import bundle, presets
-from calm.runs.evaluation import vector_use
+from calm.runs.evaluation import backbone_use, vector_use
 from calm.runs.stages import train_autoencoder, train_lm
 from calm.text.atomic_write import write_whole
 from calm.text.prepare import prepare
@@ -56,6 +56,7 @@ def quickstart(
     for stage in ("autoencoder", "lm"):
         training_curves(paths[stage] / "metrics.jsonl", paths["plots"] / f"training-{stage}.png")
     use = vector_use(model, split=split, seed=seed)
+    backbone = backbone_use(model, split=split, seed=seed)
     if use.verdict == "unused":
         scores["lm"] = dataclasses.replace(scores["lm"], name=use.label)
     reports = [scores[name] for name in ("unigram", "bigram", "kn5", "kn5+cache", "lm", "world") if name in scores]
@@ -68,12 +69,22 @@ def quickstart(
         "out": str(out),
         "scores": {name: report.to_dict() for name, report in scores.items()},
         "vector_use": use.to_dict(),
+        "backbone_use": None if backbone is None else backbone.to_dict(),
         "training_tokens_per_second": speed,
         "continuations": continuations,
         "pictures": [str(path) for path in sorted(paths["plots"].glob("*.png"))],
         "seconds": seconds,
     }
-    summary = _summary(scores, reports, use.finding, speed, continuations, paths, seconds)
+    summary = _summary(
+        scores,
+        reports,
+        use.finding,
+        "not measured" if backbone is None else backbone.finding,
+        speed,
+        continuations,
+        paths,
+        seconds,
+    )
     write_whole(out / "report.txt", summary + "\n")
     write_whole(out / "report.json", json.dumps(result, indent=2) + "\n")
     return {**result, "summary": summary}
@@ -100,6 +111,7 @@ def _summary(
     scores: dict[str, Any],
     reports: list[Any],
     vector: str,
+    backbone: str,
     speed: float,
     continuations: list[dict[str, str]],
     paths: dict[str, Path],
@@ -111,6 +123,7 @@ def _summary(
         f"BrierLM       {_value(lm.brier_lm)}, Kneser-Ney 5-gram {_value(scores['kn5'].brier_lm)}, "
         f"with a cache {_value(scores['kn5+cache'].brier_lm)}",
         f"vector        {vector}",
+        f"backbone      {backbone}",
         f"speed         {speed:,.0f} tokens per second in training, {lm.tokens_per_second:,.0f} in evaluation",
         "",
         brier_table(reports),

@@ -22,7 +22,7 @@ from calm.evaluate.scores import BrierReport, Comparison, compare
 from calm.evaluate.tables import interval_text, table
 from calm.rng import row_keys
 from calm.runs import bundle
-from calm.runs.evaluation import likelihood_bound, score_writing, vector_use
+from calm.runs.evaluation import backbone_use, likelihood_bound, score_writing, vector_use
 from calm.runs.stages import validation_blocks
 from calm.studies.runner import cell_folder
 from calm.token.model import TokenLM
@@ -72,6 +72,10 @@ class LanguageModelScore:
         }
         use = vector_use(model, split=self.split, max_tokens=self.vector_tokens)
         found["vector"] = {"verdict": use.verdict, "label": use.label} | use.scalars()
+        if model.autoencoder is not None and model.lm is not None:
+            backbone = backbone_use(model, split=self.split, max_tokens=self.vector_tokens)
+            if backbone is not None:
+                found["backbone"] = {"verdict": backbone.verdict, "cost": backbone.cost("foreign").estimate}
         if report.nats_per_token is not None and report.bits_per_byte is not None:
             found |= {"nats_per_token": report.nats_per_token.estimate, "bits_per_byte": report.bits_per_byte.estimate}
         elif self.bound_samples:
@@ -185,6 +189,7 @@ LANGUAGE_MODEL_COLUMNS: dict[str, Column] = {
     "nats (<= for CALM)": lambda result: result.get("nats_per_token", result.get("nats_per_token_at_most")),
     "bits/byte (<=)": lambda result: result.get("bits_per_byte", result.get("bits_per_byte_at_most")),
     "vector cost": lambda result: result.get("vector", {}).get("vector_cost"),
+    "backbone cost": lambda result: result.get("backbone", {}).get("cost"),
     "writes, T=1": lambda result: result.get("generated_tokens_per_second", {}).get("T=1 B=1"),
     "writes, T=.5": lambda result: result.get("generated_tokens_per_second", {}).get("T=.5 B=1"),
 }
