@@ -57,6 +57,7 @@ def quickstart(
         training_curves(paths[stage] / "metrics.jsonl", paths["plots"] / f"training-{stage}.png")
     use = vector_use(model, split=split, seed=seed)
     backbone = backbone_use(model, split=split, seed=seed)
+    findings = {"vector": use.finding, "backbone": "not measured" if backbone is None else backbone.finding}
     if use.verdict == "unused":
         scores["lm"] = dataclasses.replace(scores["lm"], name=use.label)
     reports = [scores[name] for name in ("unigram", "bigram", "kn5", "kn5+cache", "lm", "world") if name in scores]
@@ -110,8 +111,7 @@ def _training_speed(folder: Path) -> float:
 def _summary(
     scores: dict[str, Any],
     reports: list[Any],
-    vector: str,
-    backbone: str,
+    findings: dict[str, str],
     speed: float,
     continuations: list[dict[str, str]],
     paths: dict[str, Path],
@@ -122,8 +122,7 @@ def _summary(
         f"autoencoder   {_percent(autoencoder.token_accuracy)} of held-out tokens are right after a round trip",
         f"BrierLM       {_value(lm.brier_lm)}, Kneser-Ney 5-gram {_value(scores['kn5'].brier_lm)}, "
         f"with a cache {_value(scores['kn5+cache'].brier_lm)}",
-        f"vector        {vector}",
-        f"backbone      {backbone}",
+        *(f"{name:13} {finding}" for name, finding in findings.items()),
         f"speed         {speed:,.0f} tokens per second in training, {lm.tokens_per_second:,.0f} in evaluation",
         "",
         brier_table(reports),
