@@ -3,7 +3,9 @@
 import dataclasses
 from typing import Any
 
-SIZES = dict(vocab_size=11, chunk_size=4, latent_dim=6)
+from calm.config import FrozenDict
+
+SIZES = dict(vocab_size=11, chunk_size=4, latent_dim=8)
 MOST = {
     "dim": 16,
     "inner_dim": 12,
@@ -28,6 +30,8 @@ def shrunk(config: Any) -> Any:
         value = getattr(config, field.name)
         if dataclasses.is_dataclass(value):
             changes[field.name] = shrunk(value)
+        elif isinstance(value, FrozenDict):
+            changes[field.name] = FrozenDict({key: shrunk(item) for key, item in value.items()})
         elif field.name in SIZES:
             changes[field.name] = SIZES[field.name]
         elif field.name in MOST and isinstance(value, int):

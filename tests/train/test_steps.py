@@ -7,12 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from toy_training import ToyBatches, ToyObjective
 
 from calm.errors import UsageError
 from calm.train.mesh import MeshConfig
 from calm.train.optim import OptimizerConfig
 from calm.train.steps import StepConfig, TrainStep
+from toy_training import ToyBatches, ToyObjective
 
 FAST = OptimizerConfig(learning_rate=0.01, warmup_steps=0)
 

@@ -79,8 +79,7 @@ def quickstart(
     summary = _summary(
         scores,
         reports,
-        use.finding,
-        "not measured" if backbone is None else backbone.finding,
+        findings,
         speed,
         continuations,
         paths,
