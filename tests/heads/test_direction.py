@@ -148,7 +148,7 @@ GATED = GatedEnergyHeadConfig(num_blocks=1, gate="scalar", gate_logit=0.0)
 def objective(head: HeadConfig = GATED, **terms: object) -> LatentObjective:
     backbone = TransformerConfig(dim=16, num_layers=1, num_heads=2, num_kv_heads=1, inner_dim=24)
     lm = LatentLMConfig(vocab_size=V, chunk_size=K, latent_dim=Z, backbone=backbone, head=head, stem="continuous")
-    return LatentObjective(lm, loss_of(num_samples=4, **terms), random_model(CODEC), context=6)
+    return LatentObjective(lm, loss_of(head=head.kind, num_samples=4, **terms), random_model(CODEC), context=6)
 
 
 def fresh(subject: LatentObjective):
@@ -208,8 +208,8 @@ def test_alone_it_draws_and_encodes_what_the_energy_does():
 @pytest.mark.parametrize(
     ("head", "terms", "words"),
     [
-        (EnergyHeadConfig(), dict(direction_weight=1.0, direction_from="noise"), "needs a head of kind GatedEnergyHeadConfig"),
-        (GATED, dict(direction_weight=-1.0), "direction_weight must not be negative, got -1.0"),
+        (EnergyHeadConfig(), dict(direction_weight=1.0, direction_from="noise"), 'needs a head of kind "gated"'),
+        (GATED, dict(direction_weight=-1.0), "direction.weight must not be negative, got -1.0"),
         (GATED, dict(energy_weight=0.0), "no term trains the head"),
     ],
 )
