@@ -121,7 +121,7 @@ class BackboneUse:
         below = [finding]
         if self.share is not None:
             below.append(
-                f"decoder smoothed by {100 * self.share:.2g} % of the unigram, which hides most of a cost in nats: compare Brier-1"
+                f"decoder smoothed by {100 * self.share:.2g} % of the unigram, which hides most costs in nats: see Brier-1"
             )
         return "\n".join([table(header, rows, markdown=markdown), "", *below])
 
