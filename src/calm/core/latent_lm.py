@@ -97,7 +97,8 @@ class DirectChunk(nnx.Module):
     """A linear map of the embeddings of a chunk's K tokens, normalised together, that is added to the hidden state.
 
     The stem has to squeeze K tokens into one vector that also serves the backbone, and a young model's head hardly sees the
-    tokens just read through it; on this way each of them is one product away.
+    tokens just read through it; on this way each of them is one product away. It may also replace the backbone, which then is
+    not read: `calm.evaluate.backbone_use` measures that.
     """
 
     def __init__(self, chunk_size: int, dim: int, *, precision: Precision, rngs: nnx.Rngs):

@@ -123,7 +123,12 @@ class BackboneUse:
             f"{self.name}: the backbone's output for another text costs {interval_text(self.cost('foreign'), 3)} nats a token: "
             f"{self.verdict} (read from {USED}, not read below {UNUSED})"
         )
-        return "\n".join([table(header, rows, markdown=markdown), "", finding])
+        below = [finding]
+        if self.share is not None:
+            below.append(
+                f"decoder smoothed by {100 * self.share:.2g} % of the unigram, which hides most costs in nats: see Brier-1"
+            )
+        return "\n".join([table(header, rows, markdown=markdown), "", *below])
 
 
 def measure_backbone_use(

@@ -156,7 +156,11 @@ VECTOR_HEAD = FlowHeadConfig(
 
 def _vector(pure: Preset, name: str, summary: str, *, steps: int) -> Preset:
     """`pure` with all text going through the vector and a recipe that learns it at this scale: latents of one part a token, a
-    flow head that predicts the clean latent, and the tokens of the last chunk given to the head directly."""
+    flow head that predicts the clean latent, and the tokens of the last chunk given to the head directly.
+
+    At these budgets the head then reads that chunk alone, and the backbone's output becomes a constant (docs/heads.md);
+    `head_reads_chunk` off makes the backbone read, at a lower BrierLM.
+    """
     autoencoder = dataclasses.replace(
         pure.autoencoder,
         model=PartsAutoencoderConfig(latent_dim=pure.autoencoder.model.latent_dim),
