@@ -26,6 +26,7 @@ from calm.evaluate.diagnosis import (
     judge_voted,
 )
 from calm.evaluate.ngram import fit_ngrams
+from planted_decoder import PlantedDecoder
 
 K, V, WORDS, STATES = 3, 20, 16, 12
 SPECIAL = SpecialIds(begin_id=17, end_id=18, mask_id=19)
@@ -50,10 +51,14 @@ def text(rows: int, chunks: int, seed: int) -> np.ndarray:
 class Codec(nnx.Module):
     """Latents are one-hot tokens, so that the decoder is the identity."""
 
-    config = SimpleNamespace(chunk_size=K)
+    config, precision = SimpleNamespace(chunk_size=K), "float32"
 
     def __init__(self, fault: str):
-        self.table, self.fault = nnx.Variable(jnp.eye(V)), fault
+        self.eye, self.fault = nnx.Variable(jnp.eye(V)), fault
+
+    @property
+    def table(self):
+        return self.eye[...]
 
     def encode(self, chunks):
         mean = 6 * jax.nn.one_hot(chunks, V).reshape(*chunks.shape[:-1], K * V)
@@ -113,8 +118,12 @@ class Planted(nnx.Module):
         self.lm.head, self.lm.context_decoder = Head(fault), None
 
     @property
+    def decoder(self):
+        return PlantedDecoder(self.autoencoder)
+
+    @property
     def table(self):
-        return self.autoencoder.table[...]
+        return self.autoencoder.table
 
     def init_state(self, batch, context, starts=None, *, rewindable=False):
         starts = jnp.zeros((batch,), jnp.int32) if starts is None else starts

@@ -26,6 +26,7 @@ from calm.evaluate.likelihood import (
     smoothed,
 )
 from calm.evaluate.ngram import Unigram
+from planted_decoder import PlantedDecoder
 from random_models import random_model
 
 V, K, Z, CHOICES = 9, 2, 6, 4
@@ -69,6 +70,8 @@ class GaussianHead(nnx.Module):
 class Coder(nnx.Module):
     """A random decoder, and an encoder whose posterior is as wide as what the heads here give."""
 
+    precision = "float32"
+
     def __init__(self):
         sizes = dict(vocab_size=V, chunk_size=K, latent_dim=Z, dim=16, inner_dim=16)
         self.inner = random_model(AutoencoderConfig(**sizes))
@@ -98,6 +101,10 @@ class Planted(nnx.Module):
         self.hiddens = nnx.Param(jax.random.normal(jax.random.key(1), (V, CHOICES)))
         self.lm = nnx.Module()
         self.lm.head, self.lm.context_decoder = head, None
+
+    @property
+    def decoder(self):
+        return PlantedDecoder(self.autoencoder)
 
     @property
     def table(self):
