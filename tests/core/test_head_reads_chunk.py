@@ -84,7 +84,8 @@ def test_flops_count_it():
     graphdef, params = nnx.split(nnx.eval_shape(lambda: ON.build(rngs=nnx.Rngs(0))))
     chunks = jax.ShapeDtypeStruct((1, 6, 2), jnp.int32)
     made = matmul_flops(lambda params, chunks: nnx.merge(graphdef, params).hidden(chunks)[0], params, chunks)
-    assert made == 6 * ON.flops(6, 0)  # no samples, no head
+    assert made == 6 * (ON.flops(6, 3) - ON.head.flops(8, 5, 3))
+    assert ON.training_flops(6, 0) == ON.backbone.training_flops(6) + 3 * (made // 6 - ON.backbone.flops(6))  # no head
     assert ON.flops(6, 3) - OFF.flops(6, 3) == 2 * 16 * 8 == (ON.training_flops(6, 3) - OFF.training_flops(6, 3)) // 3
 
 

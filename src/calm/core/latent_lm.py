@@ -75,15 +75,20 @@ class LatentLMConfig:
         return self.backbone.flops(context) + self._around_flops(num_samples)
 
     def training_flops(self, context: int, num_samples: int) -> int:
-        """Forward and backward FLOPs of the same position."""
-        return self.backbone.training_flops(context) + 3 * self._around_flops(num_samples)
+        """Forward and backward FLOPs of the same position; without samples the head costs none."""
+        around = self._around_flops(num_samples) if num_samples else self._stem_flops()
+        return self.backbone.training_flops(context) + 3 * around
 
     def _around_flops(self, num_samples: int) -> int:
-        """Forward, of stem and head; of a head that gives no samples, such as one trained by its own loss, nothing."""
+        """Forward, of stem and head."""
+        return self._stem_flops() + self.head.flops(self.backbone.dim, self.latent_dim, num_samples)
+
+    def _stem_flops(self) -> int:
+        """Forward, of the stem and of what it gives the head directly."""
         dim = self.backbone.dim
         stem = ChunkCompression.flops(self.chunk_size, dim, self.latent_dim, self.stem)
         direct = DirectChunk.flops(self.chunk_size, dim) if self.head_reads_chunk else 0
-        return stem + direct + (self.head.flops(dim, self.latent_dim, num_samples) if num_samples else 0)
+        return stem + direct
 
     def writing_flops(self, num_samples: int) -> int:
         """Forward FLOPs of the context decoder at one position, for `num_samples` latents; 0 without one."""
