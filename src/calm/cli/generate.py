@@ -23,10 +23,11 @@ class Generate:
     max_tokens: int = 128
     """The most tokens that are added to a prompt."""
     temperature: str = "1"
-    """Any number above 0: 0.7, 1/3, 1.5 ... Below 1 the sampler decides how near its law comes and what it costs."""
+    """Any number above 0: 0.7, 1/3, 1.5 ... Below 1 the sampler decides how near it comes to the distribution, and the cost."""
     sampler: Literal["auto", "batch", "exact", "best"] = "auto"
-    """batch: near the temperature's law, for --candidates draws a chunk; exact: the law itself at temperatures up to 1, for as
-    many draws as it takes; best: the chunk drawn most often; auto: batch, and for a token model its own probabilities."""
+    """batch: near the distribution of that temperature, for --candidates draws a chunk; exact: that distribution at
+    temperatures up to 1, for as many draws as it takes; best: the chunk drawn most often; auto: batch, and for a token model
+    its own probabilities."""
     candidates: int = 200
     """How many draws a chunk is chosen among; at temperature 1 without other options one is drawn."""
     max_draws: int = 20_000

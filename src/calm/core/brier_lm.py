@@ -148,7 +148,7 @@ def brier_drawn(
     """Brier-1..O at every position when tokens are drawn from the decoder's softmax: the expectation over those
     draws, exactly.
 
-    Given its latent, sample s has the law prod_k p_{s,k}. So 1{x_s = y} becomes prod_k p_{s,k}(y_k) and 1{x_s = x_t}
+    Given its latent, sample s has the distribution prod_k p_{s,k}. So 1{x_s = y} becomes prod_k p_{s,k}(y_k) and 1{x_s = x_t}
     becomes prod_k <p_{s,k}, p_{t,k}>: less variance than drawing tokens, and equal to `brier_argmax` when the softmax
     is peaked. With `before`, the chunk is a later one of what was rolled out: the scores are those of orders P + 1 .. P + O, in
     which the P tokens before must match, and nothing is drawn in the last chunk alone.
@@ -230,7 +230,7 @@ def brier_known(log_probs: Float[Array, "*b O"], self_match: Float[Array, "S *b 
     """Brier-1..O of a model with probabilities: 2 P(y) - sum P^2, the first part exactly.
 
     `log_probs` are those of the text's own tokens, each given those before it. sum P^2 = sum_x1 p(x1)^2 sum_x2 p(x2 | x1)^2 ...
-    is an expectation over tokens drawn from the squared law q = p^2 / Z, Z = sum p^2, of the product of the Z: `self_match`
+    is an expectation over tokens drawn from the squared one, q = p^2 / Z, Z = sum p^2, of the product of the Z: `self_match`
     holds Z at the boundary and along S such continuations. Brier-1 is exact, and what is left in the others is how Z differs
     between continuations; drawing from p itself and counting equal samples would have to meet the same n-gram twice.
     """

@@ -28,8 +28,8 @@ def from_temperature(
     Args:
         temperature: above 0: `1`, `0.7`, `1 / 3`, `"1/3"`, `Fraction(1, 3)`; read exactly (`exact_temperature`).
         candidates: S, the draws at each chunk of the samplers that count.
-        kind: "batch", near the law of any T for a fixed number of draws; "exact", the law itself for T <= 1, for as many draws
-            as it takes; "best", the chunk drawn most often, which takes no temperature.
+        kind: "batch", near the distribution of any T for a fixed number of draws; "exact", that distribution for T <= 1, for
+            as many draws as it takes; "best", the chunk drawn most often, which takes no temperature.
         max_draws: the most draws of the exact sampler for one chunk.
         top_k, top_p, min_p: which chunks may be chosen (`Filters`); for kind "batch".
         no_repeat: no run of this many tokens is written twice (`calm.core.repetition`).

@@ -5,7 +5,7 @@
 Its minimum over distributions is the true one (Gneiting and Raftery 2007). The first term is the fidelity, the second the
 diversity. Source: CALM, arXiv:2510.27688; its N model samples are our S, and its code calls alpha beta.
 
-The target is a known law (`calm.core.posterior`), so the fidelity has three equal formulations (`Fidelity`):
+The target is a known distribution (`calm.core.posterior`), so the fidelity has three equal formulations (`Fidelity`):
 
     draws         M draws per position, all differences formed: the definition, and the published code. S*M*Z work per position.
     shared_draws  the same M standard normals at every position. |x - y|^2 expands into products of matrices, so the
@@ -57,7 +57,7 @@ def energy_loss(
 
     Args:
         samples: S >= 2 draws of the model.
-        posterior: the encoder's law of the true next chunk's latent.
+        posterior: the encoder's distribution of the true next chunk's latent.
         num_draws: M, for the formulations that draw.
         alpha: exponent in (0, 2). The paper trains with 1; at 2 the score no longer sees more than the mean.
         fidelity: see the module.

@@ -53,11 +53,13 @@ class ExactTemperature:
     probability a / i. It accepts x with probability P(x)^a. T is a fraction, so n and a are what they should be.
 
     Average draws: `calm.core.laws.expected_draws`. As T -> 1 from below they grow to the number of chunks that the model
-    can write, so on text T in (1/2, 1) is the dear range, and at any T < 1 a flat law is dear: equal draws are rare. A row
-    that has used `max_draws` without acceptance ends generation with `OutOfDraws`: any other chunk would not follow the law.
+    can write, so on text T in (1/2, 1) is the expensive range. At any T < 1 a flat distribution is expensive too: equal
+    draws are rare. A row that has used `max_draws` without acceptance ends generation with `OutOfDraws`: any other chunk
+    would be biased.
 
     The published code does not have it. Draws come in blocks for all rows at once and are read one after the other, as if
-    drawn one by one: the law is exact, a row depends on its own key alone, and what a row leaves of its last block is lost.
+    drawn one by one: the samples are exact, a row depends on its own key alone, and the unread rest of its last block is
+    discarded.
     """
 
     temperature: Fraction = Fraction(1, 2)

@@ -122,7 +122,7 @@ def stream(
 def follow(
     recipe: Recipe, weights: Weights, keys: Array, progress: Progress, max_tokens: int
 ) -> Generator[Int[np.ndarray, "B K"], None, Generated]:
-    """`stream` from behind a prompt that was read; `progress` is given up."""
+    """`stream` after a prompt that was read; `progress` is given up."""
     chunk_size, end_id = progress.chunk.shape[1], int(weights.end_id)
     chunks: list[np.ndarray] = []
     for step in range(-(-max_tokens // chunk_size)):
@@ -215,7 +215,7 @@ def laid_out(
 
 
 def history_of(chunks: Int[np.ndarray, "B N K"], begin_id: int, capacity: int) -> Int[Array, "B T"]:
-    """`Progress.history` behind these chunks, in a state with room for `capacity` chunks."""
+    """`Progress.history` after these chunks, in a state with room for `capacity` chunks."""
     known = np.where(chunks == begin_id, NOTHING, chunks).reshape(len(chunks), -1)
     room = (capacity + 1 - chunks.shape[1]) * chunks.shape[2]
     return jnp.asarray(np.pad(known, ((0, 0), (room, 0)), constant_values=NOTHING), jnp.int32)

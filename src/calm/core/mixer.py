@@ -38,14 +38,14 @@ class Window(NamedTuple):
         return ((keys <= queries) & (keys >= self.starts[:, None, None]))[:, None]
 
     def after(self, length: int) -> "Window":
-        """The window behind a block of `length` positions."""
+        """The window after a block of `length` positions."""
         return self._replace(offset=self.offset + length)
 
 
 class Fork(NamedTuple):
     """Where the branches of a forked state stand: a block of R positions is the next position of every branch.
 
-    Branch r has read `ends[r]` positions of the sequence that was forked, its trunk, and `depth` of its own behind them.
+    Branch r has read `ends[r]` positions of the sequence that was forked, its trunk, and `depth` of its own after them.
     `starts` is that of the trunk.
     """
 

@@ -2,8 +2,8 @@
 
 The rule of `no_repeat_ngram_size` in the transformers library, for chunks: no run of `length` tokens may occur twice in a row's
 prompt and continuation. Runs are counted in tokens and may cross chunk boundaries, so a repetition is seen whatever its phase.
-Without likelihoods a chunk cannot be weighed down before it is drawn; it is refused after. The law is that of the sampler,
-conditioned on chunks that repeat nothing: exactly for the exact sampler, over the draws at hand for those that count.
+Without likelihoods a chunk cannot be down-weighted before it is drawn; it is rejected afterwards. The rest is distributed
+as by the sampler, given that nothing repeats: exactly for the exact sampler, over the draws at hand for those that count.
 """
 
 import jax.numpy as jnp

@@ -21,7 +21,7 @@ class StepKeys(NamedTuple):
 
 @runtime_checkable
 class Source(Protocol):
-    """The law of the next chunk of every row: it can be drawn from, and says no probabilities."""
+    """The distribution of the next chunk of every row: it can be drawn from, and says no probabilities."""
 
     @property
     def alive(self) -> Bool[Array, "B"]:

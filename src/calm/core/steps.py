@@ -147,7 +147,7 @@ def step_keys(keys: Array, step: Int[Array, ""]) -> StepKeys:
 
 @dataclasses.dataclass(frozen=True)
 class ModelSource:
-    """The law of the next chunk of every row, as something that a sampler can draw from (a `Source`)."""
+    """The distribution of the next chunk of every row, as something that a sampler can draw from (a `Source`)."""
 
     predictor: Predictor
     table: ScoringTable

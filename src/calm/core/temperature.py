@@ -49,7 +49,7 @@ class BatchTemperature:
     count alone, so that step chooses evenly among the chunks of largest count, and is reported as a fallback.
 
     Biased at finite S, consistent (docs/sampling.md has the bias by enumeration). Above T = 1 all weights are positive and
-    nothing falls back, but a chunk that was not drawn cannot be chosen, and where all draws differ the law is that of T = 1.
+    nothing falls back, but a chunk that was not drawn cannot be chosen, and where all draws differ it is as at T = 1.
     The published code has T = 1/n only, on the host; here it stays on the device.
     """
 

@@ -198,11 +198,11 @@ class ContextDecoder(nnx.Module):
         return x if self.copy is None or recalled is None else x + self.copy(recalled)
 
     def remember(self, previous: Int[Array, "*b w"]) -> Memory | None:
-        """What can be recalled inside a chunk behind these tokens; none where nothing is."""
+        """What can be recalled inside a chunk after these tokens; none where nothing is."""
         return None if self.recall is None else self.recall.remember(self.table, previous)
 
     def recalled_behind(self, memory: Memory | None, window: Int[Array, "*b w"]) -> Float[Array, "*b W"] | None:
-        """What `states` is to be given at the place behind a window."""
+        """What `states` is to be given at the place after a window."""
         return None if self.recall is None or memory is None else self.recall.read_behind(memory, self.table, window)
 
     def teacher_forced(
@@ -253,7 +253,7 @@ class ContextDecoder(nnx.Module):
         uniforms: Float[Array, "S *b K 2"] | None,
         table: ScoringTable | None = None,
     ) -> Int[Array, "S *b K"]:
-        """K tokens one after the other, each drawn from its law; the most probable ones where no uniforms are given."""
+        """K tokens one after the other, each drawn from its distribution; without uniforms the most probable ones."""
         scoring = self.table if table is None else table
         window = self.config.window
         looking = None if self.recall is None else Looking(self.recall, self.table, previous, len(plan))

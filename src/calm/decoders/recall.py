@@ -38,7 +38,7 @@ class Memory(NamedTuple):
 
 
 class Recall(nnx.Module):
-    """Two equal ways: places of a chunk behind a `Memory`, or all chunks of a text at once (`over_text`)."""
+    """Two equal ways: places of a chunk after a `Memory`, or all chunks of a text at once (`over_text`)."""
 
     def __init__(self, window: int, length: int, precision: Precision):
         self.window, self.length, self.precision = window, length, precision
@@ -69,7 +69,7 @@ class Recall(nnx.Module):
         return self._mean(scores, memory.rows[..., window:, :])
 
     def read_behind(self, memory: Memory, table: Float[Array, "V W"], window: Int[Array, "*b w"]) -> Float[Array, "*b W"]:
-        """What is recalled at the place behind a window of tokens."""
+        """What is recalled at the place after a window of tokens."""
         likeness = self.likeness(memory, table, window)
         before = [likeness[..., self.window - o : self.window - o + 1, :] for o in range(1, self.window + 1)]
         return self.read(memory, before)[..., 0, :]

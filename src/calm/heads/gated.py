@@ -38,11 +38,11 @@ class GatedEnergyHeadConfig(HeadConfig):
     gate_logit: float = 4.0
     """the gate starts at the sigmoid of this everywhere: .982"""
     noise_std: float = 1.0
-    """standard deviation of the noise: the widest law in reach, so it must exceed the latents' own spread (`calm inspect
+    """standard deviation of the noise, the largest that can be reached: it must exceed the latents' own spread (`calm inspect
     autoencoder`: aggregate std). Below it the gate closes, and nothing is predicted any more"""
     noise_dim: int = 0
     """width of a second noise, uniform in [-1/2, 1/2], that the prediction reads; 0 = it reads the hidden state alone, and the
-    law of a latent is a Gaussian whose standard deviation is (1 - gate) noise_std"""
+    distribution of a latent is a Gaussian whose standard deviation is (1 - gate) noise_std"""
     init_std: float | None = None
     """standard deviation of the kernels; none = 1 / sqrt(fan-in)"""
 
@@ -93,7 +93,7 @@ class GatedEnergyHead(Head):
     one near 0 that it is not: or that the noise is too narrow, for g cannot be negative.
 
     The description leaves open what delta reads. Here, by default, the hidden state, since "g near 1 is deterministic" would
-    not hold otherwise; the price is a law with one mode. With `noise_dim` it reads a noise of its own and any law is in reach.
+    not hold otherwise; the price is one mode. With `noise_dim` it reads a noise of its own and reaches any distribution.
     The network of delta is the energy head's, and its last map starts at zero too.
     """
 
@@ -119,7 +119,7 @@ class GatedEnergyHead(Head):
         self.gate = Gate(config, dim, latent_dim, precision=precision)
 
     def draw_noise(self, key: PRNGKey, shape: tuple[int, ...]) -> Float[Array, "*shape E"]:
-        """Z normal numbers for samples of leading shape `shape`, and behind them the uniform ones that delta reads."""
+        """Z normal numbers for samples of leading shape `shape`, and after them the uniform ones that delta reads."""
         normal = jax.random.normal(stream(key, "latent"), (*shape, self.latent_dim), jnp.float32)
         if not self.config.noise_dim:
             return normal

@@ -89,7 +89,7 @@ class MixtureHead(Head):
         self.out = Dense(dim, config.num_components * (2 * latent_dim + 1), use_bias=True, precision=precision, rngs=rngs)
 
     def mixture(self, hidden: Float[Array, "R D"]) -> Mixture:
-        """The law of the next latent at every row."""
+        """The distribution of the next latent at every row."""
         x, _ = self.blocks.scan(lambda block, x, _: (block(x), None), hidden)
         values = self.out(self.norm(x)).reshape(len(hidden), self.config.num_components, -1)
         mean, width = jnp.split(values[..., 1:], 2, axis=-1)
@@ -111,7 +111,7 @@ class MixtureHead(Head):
         return (mean + std * flat[..., 1:]).reshape(*noise.shape[:-1], self.latent_dim)
 
     def log_density(self, hidden: Float[Array, "*b D"], latents: Float[Array, "S *b Z"]) -> Float[Array, "S *b"]:
-        """Log density in nats of each latent under the law at its position."""
+        """Log density in nats of each latent under the distribution at its position."""
         mixture = self.mixture(hidden.reshape(-1, hidden.shape[-1]))
         return mixture.log_density(latents.reshape(len(latents), -1, self.latent_dim)).reshape(latents.shape[:-1])
 

@@ -24,7 +24,7 @@ class Tail(NamedTuple):
 
 
 class Trail(NamedTuple):
-    """All inputs so far, behind W - 1 zeros and preallocated to the context: the tail at any position is a slice of it."""
+    """All inputs so far, after W - 1 zeros and preallocated to the context: the tail at any position is a slice of it."""
 
     inputs: Float[Array, "B P I"]
 
@@ -72,7 +72,7 @@ class CausalConv(nnx.Module):
         return shifted_products(seen, self.kernel[...]) + self.bias[...]
 
     def fork(self, state: Tail | Trail, ends: Int[Array, "A"], num_branches: int) -> Tail:
-        """The tails behind the first `ends[a]` positions, once for each branch."""
+        """The tails after the first `ends[a]` positions, once for each branch."""
         trail = as_trail(state)
         at = ends[:, None] + jnp.arange(self.reach)
         return Tail(jnp.repeat(trail.inputs[:, at], num_branches, axis=1))

@@ -27,7 +27,7 @@ class GRUState(NamedTuple):
 
 
 class GRUTrail(NamedTuple):
-    """The memories behind 0, 1, 2 ... positions, preallocated to the context."""
+    """The memories after 0, 1, 2 ... positions, preallocated to the context."""
 
     memories: Float[Array, "B P I"]
 
@@ -60,7 +60,7 @@ class GRUConfig(MixerConfig):
 class GRU(nnx.Module):
     """h_t = u h_{t-1} + (1 - u) tanh(n_x + r * (n_h + bias)), with update u and reset r = sigmoid of what x and h_{t-1} give.
 
-    The reset gate stands behind the recurrent product, not before it as in the paper: one product a step in place of two, as in
+    The reset gate stands after the recurrent product, not before it as in the paper: one product a step in place of two, as in
     the usual fast implementations. |h| < 1 whatever the input.
     """
 
@@ -128,7 +128,7 @@ def gru_scan(
     bias: Float[Array, "I"],
     precision: Precision,
 ) -> Float[Array, "N B I"]:
-    """The memories behind every position, from `first`; `inputs` and the columns of `kernel` are those of u, r and n.
+    """The memories after every position, from `first`; `inputs` and the columns of `kernel` are those of u, r and n.
 
     Positions that are not `here` leave the memory as it is.
     """
@@ -164,7 +164,7 @@ def _gru_backward(
     before = jnp.concatenate([first[None], memories[:-1]])
     rows, rounded = operand(before.reshape(-1, before.shape[-1]), precision), operand(kernel, precision)
     u, r, n, inner = _gates(inputs, product(rows, rounded).reshape(inputs.shape), bias)
-    # What a gradient of the memory behind a position means for what goes into each gate, and for the memory before it.
+    # What a gradient of the memory after a position means for what goes into each gate, and for the memory before it.
     to_u = jnp.where(here, (before - n) * u * (1 - u), 0.0)
     to_n = jnp.where(here, (1 - u) * (1 - n**2), 0.0)
     to_r, kept = to_n * inner * r * (1 - r), jnp.where(here, u, 1.0)

@@ -170,7 +170,7 @@ class HopfieldConfig(MixerConfig):
         return 2 * dim * dim + stored + gate + beta
 
     def flops(self, dim: int, context: int) -> int:
-        """Forward FLOPs of one position behind a context; depths that a layer does not have are computed and counted."""
+        """Forward FLOPs of one position after a context; depths that a layer does not have are computed and counted."""
         patterns = self.num_slots if self.memory == "slots" else context
         maps = dense_flops(dim, dim) * (2 if self.memory == "slots" else 4)
         gate = dense_flops(dim, self.max_depth) if self.max_depth > 1 else 0
@@ -274,13 +274,13 @@ class ContextHopfield(Hopfield):
         return AttentionState(zeros, zeros)
 
     def fork(self, state: AttentionState, ends: Int[Array, "A"], num_branches: int, capacity: int) -> ForkedState:
-        """Branches from behind the first `ends[a]` positions each: the trunk is shared, each keeps its own patterns."""
+        """Branches after the first `ends[a]` positions each: the trunk is shared, each keeps its own patterns."""
         batch, heads, _, width = state.keys.shape
         own = jnp.zeros((batch, heads, len(ends) * num_branches, capacity, width), state.keys.dtype)
         return ForkedState(state, BranchKeys(own, own))
 
     def rewind(self, state: AttentionState, position: int | Int[Array, ""]) -> AttentionState:
-        """As it is: what lies behind the window's offset is not seen."""
+        """As it is: what lies after the window's offset is not seen."""
         return state
 
     def __call__(

@@ -87,7 +87,7 @@ def _scan_forward(
     c: Float[Array, "B n Q X"],
     initial: Float[Array, "B X H C"],
 ) -> tuple[tuple[Array, Array], tuple[Array, ...]]:
-    total = _running_sum(log_decay)  # [B n Q H]: the log decay from the beginning of the chunk to behind position i
+    total = _running_sum(log_decay)  # [B n Q H]: the log decay from the beginning of the chunk to after position i
     inside = _decay_between(total) * _dot("bnix,bnjx->bnij", c, b)[:, :, None]
     y = _by_head(_dot("bnhij,bnhjc->bnhic", inside, _by_head(x)))
     states = _chunk_states(x, total, b, initial)
@@ -151,7 +151,7 @@ def states_after(
     *,
     chunk: int = CHUNK,
 ) -> Float[Array, "B A X H C"]:
-    """The states of `selective_scan` behind the first `ends[a]` positions each, 0 to N; what follows them is not looked at."""
+    """The states of `selective_scan` after the first `ends[a]` positions each, 0 to N; what follows them is not looked at."""
     size = min(chunk, x.shape[1])
     x, log_decay, b = (in_chunks(z, size) for z in (x, log_decay, b))
     total = _running_sum(log_decay)
@@ -204,7 +204,7 @@ def _chunk_decay(total: Float[Array, "B n Q H"]) -> Float[Array, "n B 1 H 1"]:
 def _chunk_states(
     x: Float[Array, "B n Q H C"], total: Float[Array, "B n Q H"], b: Float[Array, "B n Q X"], initial: Float[Array, "B X H C"]
 ) -> Float[Array, "B m X H C"]:
-    """The state before every chunk and the one behind the last, m = n + 1."""
+    """The state before every chunk and the one after the last, m = n + 1."""
     kept = jnp.exp(total[:, :, -1:] - total)[..., None]  # what is left at the end of the chunk of what a position wrote
     written = _dot("bnjx,bnje->nbxe", b, _flat(x * kept))
     behind = linear_scan(_chunk_decay(total), written.reshape(*written.shape[:3], *x.shape[3:]), initial)

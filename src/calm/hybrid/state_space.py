@@ -54,7 +54,7 @@ class BranchInputs(NamedTuple):
 
 
 class ForkedSSMState(NamedTuple):
-    """The memories behind A ends, each shared by the branches that leave there, and what the branches read of their own."""
+    """The memories after A ends, each shared by the branches that leave there, and what the branches read of their own."""
 
     trunk: Float[Array, "B A X H C"]
     own: BranchInputs
@@ -205,11 +205,11 @@ def _branch_scan(
     state: ForkedSSMState,
     fork: Fork,
 ) -> tuple[Float[Array, "B R H C"], ForkedSSMState]:
-    """Each branch reads the memory behind its end, decayed since, and, as in a chunk of `selective_scan`, its own positions."""
+    """Each branch reads the memory after its end, decayed since, and, as in a chunk of `selective_scan`, its own positions."""
     trunk, own = state
     at = jax.lax.dynamic_update_slice_in_dim
     before = jax.lax.dynamic_index_in_dim(own.log_decay, jnp.maximum(fork.depth - 1, 0), axis=2, keepdims=False)
-    since = jnp.where(fork.depth > 0, before, 0.0) + log_decay  # [B R H]: from the end of the trunk to behind this position
+    since = jnp.where(fork.depth > 0, before, 0.0) + log_decay  # [B R H]: from the end of the trunk to after this position
     own = BranchInputs(
         conv,
         at(own.x, written[:, :, None], fork.depth, axis=2),

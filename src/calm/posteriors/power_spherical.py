@@ -1,4 +1,4 @@
-"""A law on a sphere around a direction: the power-spherical posterior."""
+"""A distribution on a sphere around a direction: the power-spherical posterior."""
 
 from typing import NamedTuple
 
@@ -24,9 +24,9 @@ class SphereNoise(NamedTuple):
 class PowerSpherical(NamedTuple):
     """Latents y = r u, |u| = 1 and r = sqrt(Z), with density proportional to (1 + direction . u)^concentration.
 
-    Source: De Cao and Aziz 2020, arXiv:2006.04437: a law like von Mises-Fisher's whose normaliser, entropy and sampler are
-    closed forms. With w = (1 + direction . u) / 2 everything follows from w ~ Beta(a, b), b = (Z - 1) / 2 and a = b +
-    concentration; at concentration 0 the law is uniform, which is the prior.
+    Source: De Cao and Aziz 2020, arXiv:2006.04437: like von Mises-Fisher's, with normaliser, entropy and sampler in
+    closed form. With w = (1 + direction . u) / 2 everything follows from w ~ Beta(a, b), b = (Z - 1) / 2 and a = b +
+    concentration; at concentration 0 the distribution is uniform, which is the prior.
 
     The radius is sqrt(Z) because that is where N(0, I) lives: a dimension then has second moment 1, which is the scale that
     heads, stems, the noise of inspection and the threshold of an active dimension are made for. On the unit sphere a
@@ -35,7 +35,7 @@ class PowerSpherical(NamedTuple):
     How we differ from the paper's sampler: it draws on the sphere around the first axis and reflects that axis onto the
     direction, which is 0/0 where the two agree. Here a normal vector n is drawn in the tangent space of the direction and
     n / sqrt(2 g), g ~ Gamma(a), is carried to the sphere by the inverse stereographic projection. |n|^2 / 2 ~ Gamma(b), so
-    that w = g / (g + |n|^2 / 2) has the Beta law, and the gradient reaches the concentration through g.
+    that w = g / (g + |n|^2 / 2) has the Beta distribution, and the gradient reaches the concentration through g.
     """
 
     direction: Float[Array, "*b Z"]

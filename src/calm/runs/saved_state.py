@@ -1,7 +1,7 @@
-"""What reading left behind, as a file: save it, go on from it as often as you like, take back what was read last.
+"""The state that reading leaves, as a file: save it, go on from it as often as you like, take back what was read last.
 
 Reading a prompt costs time in proportion to its length; going on from a saved state costs nothing of that. A continuation has
-the tokens that it would have had behind the text itself. The size of a state is that of its mixers': attention and memories of
+the tokens that it would have had after the text itself. The size of a state is that of its mixers': attention and memories of
 the context keep something of every position, state-space models, convolutions and memories of slots do not.
 
 The file is safetensors, with a json description in its header; never pickle.
@@ -85,7 +85,7 @@ def prefill(
     room: int,
     rewindable: bool = False,
 ) -> SavedState:
-    """Reads prompts (token ids, as in `calm.core.generate`), with room for `room` more tokens behind the longest.
+    """Reads prompts (token ids, as in `calm.core.generate`), with room for `room` more tokens after the longest.
 
     `rewindable`: recurrences keep what every position left, so that `rewind` works; attention does so by nature.
     """
@@ -112,7 +112,7 @@ def resume(
     decoding: str = "argmax",
     banned: Sequence[int] = (),
 ) -> Generator[Int[np.ndarray, "B K"], None, Generated]:
-    """`calm.core.generate.stream` from behind what was read: the same tokens for the same keys.
+    """`calm.core.generate.stream` after what was read: the same tokens for the same keys.
 
     Raises UsageError if the state has less room than `max_tokens`.
     """
