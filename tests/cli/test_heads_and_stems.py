@@ -57,9 +57,9 @@ def test_an_unknown_head_and_a_size_of_another_head_are_refused(tiny_runs, tmp_p
         "--out",
         str(tmp_path / "lm"),
     ]
-    settings = write_settings(tmp_path / "head.toml", "FlowHead", "", "discrete")
+    settings = write_settings(tmp_path / "head.toml", "flows", "", "discrete")
     code, _, err = tiny.calm("train", "lm", "--config", str(settings), *sources)
-    assert code == 2 and "model.head.kind: expected one of" in err and "did you mean 'FlowHeadConfig'" in err
+    assert code == 2 and "model.head.kind: expected one of" in err and "did you mean 'flow'" in err
     settings = write_settings(tmp_path / "head.toml", "FlowHeadConfig", "noise_dim = 3", "discrete")
     code, _, err = tiny.calm("train", "lm", "--config", str(settings), *sources)
     assert code == 2 and "unknown key 'model.head.noise_dim'" in err and not (tmp_path / "lm").exists()

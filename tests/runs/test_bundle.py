@@ -13,6 +13,7 @@ from calm.core.objective import LatentObjective
 from calm.errors import UsageError
 from calm.evaluate.closed_form import score_ngram
 from calm.evaluate.ngram import fit_ngrams
+from calm.heads.terms import AuxiliaryTerm
 from calm.runs.stages import load_run_config, train_lm, validation_blocks
 from calm.text.shards import open_data
 from calm.train.checkpoint import load_parameters
@@ -95,7 +96,7 @@ def test_an_export_keeps_what_it_takes_to_score_it(model, tiny_runs, tmp_path):
 
 def test_a_stage_goes_on_to_the_bit(tiny_runs, tmp_path):
     run = load_run_config(tiny_runs / "lm")
-    loss = dataclasses.replace(run.loss, auxiliary_weight=1.0)
+    loss = run.loss.with_terms(AuxiliaryTerm(weight=1.0))
     run = dataclasses.replace(run, loss=loss, train=dataclasses.replace(run.train, save_every=2, keep_checkpoints=9))
     train_lm(run, tmp_path / "whole", quiet=True)
     train_lm(run, tmp_path / "part", resume=f"{tmp_path / 'whole'}@2", quiet=True)
