@@ -141,7 +141,7 @@ def from_dict(
 
 
 def field_values(cls: type, mapping: Mapping[str, Any], where: str = "configuration") -> dict[str, Any]:
-    """As `from_dict`, for a part of the fields: the decoded values of those that `mapping` names, and no object."""
+    """Decodes a part of the fields like `from_dict`: the decoded values of those that `mapping` names, and no object."""
     return _decode_fields(cls, _current(cls, mapping, where), None, _Source.of(where, mapping), "")
 
 

@@ -179,7 +179,7 @@ def describe(result: Any) -> str:
 
 
 def plain(value: Any) -> Any:
-    """What JSON can hold: arrays become lists, paths text, a number that is not finite null."""
+    """Converts to JSON values: arrays become lists, paths text, a number that is not finite null."""
     if isinstance(value, Mapping):
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, float):

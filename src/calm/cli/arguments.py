@@ -66,7 +66,7 @@ def _parsed(cls: Any, words: Sequence[str], default: Any, *, prog: str, descript
 
 
 def _default(cls: Any, preset: str | None, files: list[str], prog: str) -> Any:
-    """What tyro takes for the options that the command line leaves out."""
+    """Default that tyro takes for the options that the command line leaves out."""
     field = getattr(cls, "configuration", None)
     if preset is not None and field is None:
         raise UsageError(f"{prog} takes no --preset")

@@ -85,7 +85,7 @@ class Doctor:
 
 
 def advice(report: dict[str, Any]) -> list[str]:
-    """What would make this machine faster or keep it from failing, one line each."""
+    """Advice that would make this machine faster or keep it from failing, one line each."""
     lines = []
     on_cpu = any("cpu" in device.lower() for device in report["devices"])
     glibc = sys.platform.startswith("linux") and platform.libc_ver()[0] == "glibc"

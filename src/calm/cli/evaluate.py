@@ -43,7 +43,7 @@ class Evaluate:
     """Tokens on which it is measured whether the decoder uses its vector, under vectors of other text, zero and the true one;
     0 = not at all."""
     stride: int = 0
-    """Of a token model: also score the whole split under a window that moves by so many tokens, as perplexities are published
+    """For a token model: also score the whole split under a window that moves by so many tokens, as perplexities are published
     (half the training length is usual); 0 = no."""
     samples: int = 0
     """Let the model write this many continuations of held-out prompts, and score them too; 0 = none."""

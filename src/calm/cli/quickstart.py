@@ -16,7 +16,7 @@ class Quickstart:
     source: str = "pydoc"
     """pydoc, a file or folder (.txt, .jsonl, .parquet), or hf:NAME with the data extra."""
     separator: str | None = None
-    """What stands between the documents of a .txt file."""
+    """Separator between the documents of a .txt file."""
     preset: str = "quickstart"
     """One of calm.runs.presets; the default takes five minutes on two cores."""
     split: str = "valid"

@@ -134,7 +134,7 @@ class CausalAttention(nnx.Module):
         window: Window | Fork,
         inputs: LayerInputs,
     ) -> tuple[Float[Array, "B N D"], AttentionState | ForkedState | None]:
-        """As the only mixer of a layer."""
+        """Attention as the only mixer of a layer."""
         mixed, state = self(inputs.tap("input.A", hidden), state, window)
         return inputs.tap("path.A", mixed), state
 

@@ -72,7 +72,7 @@ class TextProtocol:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Protocol(TextProtocol):
-    """What a score depends on besides the model. Scores of different protocols are not comparable: block size alone
+    """Settings that a score depends on besides the model. Scores of different protocols are not comparable: block size alone
     moves BrierLM by about 30 %.
 
     `decoding`: tokens of a latent are the decoder's "argmax" or "drawn" from its softmax, as those of a token model always are;

@@ -34,7 +34,7 @@ class Attempt(NamedTuple):
 
 
 class Search(NamedTuple):
-    """What the loop over blocks of draws carries."""
+    """Carry of the loop over blocks of draws."""
 
     attempt: Attempt
     block: Int[Array, ""]

@@ -1,4 +1,4 @@
-"""What every head has in common: a model of the distribution of the next latent, given the hidden state.
+"""Base of the heads: a model of the distribution of the next latent, given the hidden state.
 
 B batch · N chunks · D model width · Z latent width · E noise width · S samples
 """

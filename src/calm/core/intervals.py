@@ -102,7 +102,7 @@ class BlockSums:
         return self.total.sum(0) / self.count.sum()
 
     def units(self) -> tuple[Int[np.ndarray, "R"], str]:
-        """What the bootstrap resamples: the unit of each block, numbered from 0, and the unit's name."""
+        """Units that the bootstrap resamples: the unit of each block, numbered from 0, and the unit's name."""
         names, unit = np.unique(self.document, return_inverse=True)
         if len(names) >= MIN_DOCUMENTS:
             return unit.reshape(-1), "document"

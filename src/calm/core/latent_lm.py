@@ -183,7 +183,7 @@ class LatentLM(nnx.Module):
         latents: Float[Array, "B N Z"] | None = None,
         embedded: Float[Array, "B N K D"] | None = None,
     ) -> tuple[Float[Array, "B N D"], BackboneState | None]:
-        """As `hidden`, with the latents that the stem reads; `embedded` replaces the embeddings of the chunks' tokens."""
+        """Same as `hidden`, with the latents that the stem reads; `embedded` replaces the embeddings of the chunks' tokens."""
         hidden, state = self.backbone(self.stem(chunks, latents, embedded), state)
         return hidden if self.direct is None else hidden + self.read_directly(chunks, embedded), state
 

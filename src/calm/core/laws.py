@@ -1,4 +1,4 @@
-"""What the samplers do to a law that is known: targets, costs, and the batch sampler's law by enumeration. numpy only.
+"""Effect of the samplers on a known distribution (law): targets, costs, and the batch sampler's law by enumeration. numpy only.
 
 The reference for tests and for the tables of docs/sampling.md; `python -m benchmarks.samplers` prints those.
 """
@@ -44,7 +44,7 @@ def draws_by_collisions(collision_rate: float, temperature: Fraction) -> float:
 
 
 class BatchLaw(NamedTuple):
-    """What the batch sampler does for one law, temperature and number of candidates."""
+    """Effect of the batch sampler on one distribution, temperature and number of candidates."""
 
     law: Float[np.ndarray, "X"]
     """probability of each outcome to be chosen"""

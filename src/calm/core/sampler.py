@@ -1,4 +1,4 @@
-"""What a sampler is: something that draws the next chunk of every row from the model, as often as it needs to, and chooses.
+"""Interface of a sampler, which draws the next chunk of every row from the model, as often as it needs to, and chooses.
 
 A sampler is a small frozen dataclass with one method, `sample`, which runs on the device for all rows at once.
 """
@@ -38,7 +38,7 @@ class Source(Protocol):
 
 
 class Choice(NamedTuple):
-    """What a sampler decided."""
+    """Result of a sampler."""
 
     chunk: Int[Array, "B K"]
     fell_back: Bool[Array, "B"]

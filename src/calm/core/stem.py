@@ -1,4 +1,4 @@
-"""What stands in front of the backbone."""
+"""Stems: from a chunk to the input of the backbone."""
 
 from typing import Literal
 

@@ -27,7 +27,7 @@ from calm.text.chunking import NOTHING
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """What is fixed when the loop is compiled, besides the model."""
+    """Static settings of the compiled loop, besides the model."""
 
     sampler: Sampler
     decoding: str

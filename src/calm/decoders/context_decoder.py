@@ -198,11 +198,11 @@ class ContextDecoder(nnx.Module):
         return x if self.copy is None or recalled is None else x + self.copy(recalled)
 
     def remember(self, previous: Int[Array, "*b w"]) -> Memory | None:
-        """What can be recalled inside a chunk after these tokens; none where nothing is."""
+        """Recall inside a chunk after these tokens; none where nothing is."""
         return None if self.recall is None else self.recall.remember(self.table, previous)
 
     def recalled_behind(self, memory: Memory | None, window: Int[Array, "*b w"]) -> Float[Array, "*b W"] | None:
-        """What `states` is to be given at the place after a window."""
+        """Argument of `states` at the place after a window."""
         return None if self.recall is None or memory is None else self.recall.read_behind(memory, self.table, window)
 
     def teacher_forced(
@@ -272,7 +272,7 @@ class ContextDecoder(nnx.Module):
 
 
 class Looking:
-    """What S samples of one chunk recall, place by place: the memory and the tokens before the chunk are common to them."""
+    """Recall of S samples of one chunk, place by place: the memory and the tokens before the chunk are common to them."""
 
     def __init__(self, recall: Recall, table: Float[Array, "V W"], previous: Int[Array, "*b w"], num_samples: int):
         self.recall, self.table, window = recall, table, recall.window

@@ -55,13 +55,13 @@ class Recall(nnx.Module):
         return Memory(*self._rows(table, tokens), tokens[..., self.window :] != NOTHING)
 
     def likeness(self, memory: Memory, table: Float[Array, "V W"], tokens: Int[Array, "*b X"]) -> Float[Array, "*b X M"]:
-        """Of X tokens and those of the memory, one by one."""
+        """Likeness of X tokens and those of the memory, one by one."""
         rows, scale = self._rows(table, tokens)
         alike = jnp.einsum("...xw,...mw->...xm", rows, memory.rows, preferred_element_type=jnp.float32)
         return alike * scale[..., None] * memory.scale[..., None, :]
 
     def read(self, memory: Memory, before: Sequence[Float[Array, "*b X M"]]) -> Float[Array, "*b X W"]:
-        """What is recalled at X places, `before[o - 1]` being the likeness of the token o before each."""
+        """Recalled vectors at X places, `before[o - 1]` being the likeness of the token o before each."""
         window, length = self.window, memory.known.shape[-1]
         match = self.match[...]
         scores = sum(match[o] * before[o][..., window - o - 1 : window - o - 1 + length] for o in range(window))
@@ -69,13 +69,13 @@ class Recall(nnx.Module):
         return self._mean(scores, memory.rows[..., window:, :])
 
     def read_behind(self, memory: Memory, table: Float[Array, "V W"], window: Int[Array, "*b w"]) -> Float[Array, "*b W"]:
-        """What is recalled at the place after a window of tokens."""
+        """Recalled vector at the place after a window of tokens."""
         likeness = self.likeness(memory, table, window)
         before = [likeness[..., self.window - o : self.window - o + 1, :] for o in range(1, self.window + 1)]
         return self.read(memory, before)[..., 0, :]
 
     def over_text(self, table: Float[Array, "V W"], chunks: Int[Array, "B M K"]) -> Float[Array, "B N K W"]:
-        """What is recalled at the places of every chunk but the first: every likeness is worked out once."""
+        """Recalled vectors at the places of every chunk but the first: every likeness is worked out once."""
         batch, length, size = chunks.shape
         tokens, total = chunks.reshape(batch, -1), length * size
         rows, scale = self._rows(table, tokens)

@@ -86,7 +86,7 @@ def read(
     gate: Float[Array, "... R depths"],
     precision: Precision,
 ) -> Float[Array, "... R C"]:
-    """What the memories give a query after 0, 1, ... refinements, each depth with its share of the gate."""
+    """Output of the memories for a query after 0, 1, ... refinements, each depth with its share of the gate."""
     depths = gate.shape[-1]
     weights = associate(query, memories, beta, precision)
     mixture = gate[..., :1] * weights
@@ -183,7 +183,7 @@ class SlotState(NamedTuple):
 
 
 class Hopfield(nnx.Module):
-    """What both memories share: query, inverse temperature, gate over depths, output."""
+    """Shared base of both memories: query, inverse temperature, gate over depths, output."""
 
     def __init__(self, config: HopfieldConfig, dim: int, *, rngs: nnx.Rngs, precision: Precision):
         if dim % config.num_heads:
@@ -280,7 +280,7 @@ class ContextHopfield(Hopfield):
         return ForkedState(state, BranchKeys(own, own))
 
     def rewind(self, state: AttentionState, position: int | Int[Array, ""]) -> AttentionState:
-        """As it is: what lies after the window's offset is not seen."""
+        """The memory unchanged: what lies after the window's offset is not seen."""
         return state
 
     def __call__(

@@ -49,29 +49,29 @@ class SegmentReasoner(nnx.Module):
     def init_state(
         self, batch: int, context: int, starts: Int[Array, "B"] | None = None, *, rewindable: bool = False
     ) -> BackboneState:
-        """As `Backbone.init_state`, with a state for every segment."""
+        """Same as `Backbone.init_state`, with a state for every segment."""
         state = self.stack.init_state(batch, context, starts, rewindable=rewindable)
         return state._replace(layers=(state.layers,) * self.config.num_segments)
 
     def fork(self, state: BackboneState, ends: Int[Array, "A"], num_branches: int, capacity: int) -> BackboneState:
-        """As `Backbone.fork`."""
+        """Same as `Backbone.fork`."""
         return self._join([self.stack.fork(segment, ends, num_branches, capacity) for segment in self._segments(state)])
 
     def rewind(self, state: BackboneState, position: int | Int[Array, ""]) -> BackboneState:
-        """As `Backbone.rewind`."""
+        """Same as `Backbone.rewind`."""
         return self._join([self.stack.rewind(segment, position) for segment in self._segments(state)])
 
     def __call__(
         self, hidden: Float[Array, "B N D"], state: BackboneState | None = None, taps: Tap | None = None
     ) -> tuple[Float[Array, "B N D"], BackboneState | None]:
-        """As `Backbone.__call__`; to a tap, the layers of the second segment go on where those of the first ended."""
+        """Same as `Backbone.__call__`; to a tap, the layers of the second segment go on where those of the first ended."""
         hidden, state, _ = self._run(hidden, state, self.tap if taps is None else taps, ())
         return hidden, state
 
     def readings(
         self, hidden: Float[Array, "B N D"], names: Collection[str], taps: Tap | None = None
     ) -> dict[str, dict[int, Array]]:
-        """As `Backbone.readings`, over the layers of all segments."""
+        """Same as `Backbone.readings`, over the layers of all segments."""
         check_names(self.config, names)
         return by_layer(self._run(hidden, None, self.tap if taps is None else taps, names)[2], names)
 

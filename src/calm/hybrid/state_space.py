@@ -35,7 +35,7 @@ class GateTrail(NamedTuple):
 
 
 class SSMState(NamedTuple):
-    """What a sequence leaves: the convolution's last inputs and the memory. A rewindable one also keeps the inputs and gates of
+    """State after a sequence: the convolution's last inputs and the memory. A rewindable one also keeps the inputs and gates of
     every position, about as much as keys and values; earlier memories are computed from them again.
     """
 
@@ -45,7 +45,7 @@ class SSMState(NamedTuple):
 
 
 class BranchInputs(NamedTuple):
-    """What each of R branches has read of its own, preallocated to Y positions: gated inputs, b, log decay since its end."""
+    """Own inputs of each of R branches, preallocated to Y positions: gated inputs, b, log decay since its end."""
 
     conv: Tail
     x: Float[Array, "B R Y H C"]

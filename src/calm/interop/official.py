@@ -96,7 +96,7 @@ def load_latent_lm(folder: str | Path) -> LatentLM:
 
 
 def training_settings(folder: str | Path) -> dict[str, int | float]:
-    """What config.json says of training, under the names of our loss configurations.
+    """Training settings of config.json, under the names of our loss configurations.
 
     A language model has alpha and num_samples; an autoencoder kl_weight, kl_clamp, and one dropout rate that serves both
     token_dropout and latent_dropout.
@@ -235,7 +235,7 @@ def _energy_head(weights: PublishedWeights, config: LatentLMConfig) -> dict[str,
 
 
 def _stepwise_head(weights: PublishedWeights, config: LatentLMConfig) -> dict[str, np.ndarray]:
-    """Of a flow or a diffusion head: the network that is asked at every step."""
+    """Parameters of the network of a flow or diffusion head, which is called at every step."""
     dim, net = config.backbone.dim, "generative_head.net"
     head: Any = config.head
     width = config.latent_dim * (2 if head.kind == "diffusion" else 1)

@@ -14,7 +14,7 @@ MAX_SHARPNESS = 8.0  # log of concentration / (Z - 1): std .03; far above, float
 
 
 class SphereNoise(NamedTuple):
-    """What draws are made of: directions that all positions share, and the key of each position's own radial part."""
+    """Noise of the draws: directions that all positions share, and the key of each position's own radial part."""
 
     normal: Float[Array, "M Z"]
     key: PRNGKey
@@ -79,13 +79,13 @@ class PowerSpherical(NamedTuple):
 
     @property
     def mean(self) -> Float[Array, "*b Z"]:
-        """Of a draw, so inside the sphere. The mode is `radius * direction`, to which `onto` brings it."""
+        """Mean of a draw, so inside the sphere. The mode is `radius * direction`, to which `onto` brings it."""
         b, concentration = self._b, jnp.exp(self.log_concentration)
         return self.radius * concentration / (concentration + 2 * b) * self.direction
 
     @property
     def std(self) -> Float[Array, "*b Z"]:
-        """Of a draw, dimension by dimension: radial and tangential variance in the shares that the dimension has of each."""
+        """Deviation of a draw by dimension: radial and tangential variance in the shares that the dimension has of each."""
         along, across = self._variances()
         squares = jnp.square(self.direction)
         return self.radius * jnp.sqrt(along[..., None] * squares + across[..., None] * (1 - squares))
@@ -120,7 +120,7 @@ class PowerSpherical(NamedTuple):
         return self._shares(relative - surface)
 
     def shared_noise(self, key: PRNGKey, count: int) -> SphereNoise:
-        """What `squared_distances` makes M draws of at every position."""
+        """Noise from which `squared_distances` makes M draws at every position."""
         shape = (count, self.direction.shape[-1])
         return SphereNoise(jax.random.normal(stream(key, "tangent"), shape, self.direction.dtype), stream(key, "radial"))
 
@@ -156,7 +156,7 @@ class PowerSpherical(NamedTuple):
         return 0.5 * (self.direction.shape[-1] - 1)
 
     def _variances(self) -> tuple[Float[Array, "*b"], Float[Array, "*b"]]:
-        """Of u, along the direction and in each dimension across it."""
+        """Variances of u, along the direction and in each dimension across it."""
         a, b = self._a, self._b
         sine = 4 * a * b / ((a + b) * (a + b + 1))  # E sin^2
         return sine / (a + b), sine / (2 * b)

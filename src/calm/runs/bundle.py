@@ -287,7 +287,7 @@ class Bundle:
 
     @property
     def name(self) -> str:
-        """What tables call the model."""
+        """Name of the model in tables."""
         return "token LM" if isinstance(self.lm, TokenLM) else "CALM"
 
     @property
@@ -315,7 +315,7 @@ class Bundle:
         return opened
 
     def training_data(self, otherwise: Data) -> Data:
-        """What it was trained on, if that is still at hand."""
+        """The data that it was trained on, if still available."""
         return open_data(self.data) if self.data and (Path(self.data) / "manifest.json").is_file() else otherwise
 
     def _require_lm(self) -> LatentLM:

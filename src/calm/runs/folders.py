@@ -42,7 +42,7 @@ _UPGRADES = {AUTOENCODER: schema.autoencoder_model, LATENT_LM: schema.language_m
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelCard:
-    """What the README.md of an exported model says beyond its sizes. What is not given is not claimed."""
+    """Contents of the README.md of an exported model beyond its sizes. What is not given is not claimed."""
 
     name: str = "A continuous autoregressive language model"
     summary: str = ""
@@ -275,7 +275,7 @@ def _token_card(card: ModelCard, lm: TokenLM) -> str:
 
 
 def _common(card: ModelCard, backbone: TransformerConfig) -> dict[str, Any]:
-    """What both cards say."""
+    """The part that both cards share."""
     header: dict[str, Any] = {"library_name": "calm-lm", "pipeline_tag": "text-generation", "tags": ["calm", "jax", "flax"]}
     header |= {"license": card.license} if card.license else {}
     header |= {"language": list(card.languages)} if card.languages else {}

@@ -150,7 +150,7 @@ def rewind(predictor: Predictor, saved: SavedState, num_chunks: int, *, special:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Header:
-    """What the file says beside its arrays."""
+    """Metadata of the file beside its arrays."""
 
     format: str
     model: str

@@ -290,7 +290,7 @@ def _flops_before(run: Run, out: str | Path) -> float:
 
 
 def counted_blocks(data: Data, run: LatentLMRun | TokenLMRun, blocks: np.ndarray) -> np.ndarray:
-    """What the objective is validated on: `blocks`; of prompts and responses, rows as in training, in which responses count."""
+    """Validation batches: `blocks`; of prompts and responses, rows as in training, in which responses count."""
     valid = data.split("valid")
     if not valid.has_prompts:
         return blocks

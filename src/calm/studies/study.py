@@ -72,7 +72,7 @@ class Request:
         return catalogue.title(self.name)
 
     def chosen(self, names: Sequence[str]) -> list[str]:
-        """Those of `names` that match `only`, in their order. Raises UsageError for a pattern that matches none."""
+        """The members of `names` that match `only`, in their order. Raises UsageError for a pattern that matches none."""
         matches = {pattern: fnmatch.filter(names, pattern) for pattern in self.only}
         if unknown := [pattern for pattern, found in matches.items() if not found]:
             raise UsageError(f"experiment {self.name}: there is no cell {unknown[0]!r}; there are: {', '.join(names)}")

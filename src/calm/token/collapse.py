@@ -26,7 +26,7 @@ from calm.token.model import TokenLM
 
 
 class _Sums(NamedTuple):
-    """Of one block, over its positions."""
+    """Measures of one block, over its positions."""
 
     hidden: Float[Array, "*b D"]
     products: Float[Array, "*b D D"]

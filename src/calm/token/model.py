@@ -136,7 +136,7 @@ class TokenLM(nnx.Module):
 
     @property
     def table(self) -> Float[Array, "V W"]:
-        """What the head's states are multiplied with."""
+        """The output table, with which the head's states are multiplied."""
         return (self.stem.table if self.head.table is None else self.head.table)[...]
 
     def init_state(

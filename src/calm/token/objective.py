@@ -1,4 +1,4 @@
-"""What training of the token baseline minimises: cross-entropy of the next token, and regularisers that are off by default."""
+"""Objective of the token baseline: cross-entropy of the next token, and regularisers that are off by default."""
 
 import dataclasses
 from typing import Any
@@ -73,7 +73,7 @@ class TokenObjective:
         return {"lm": lm, "flow": nnx.state(self._flow(nnx.Rngs(params=stream(key, "flow"))))}
 
     def lm_params(self, params: Any) -> Any:
-        """Of the trained weights those of the language model."""
+        """The language model's part of the trained weights."""
         return params["lm"] if self.terms.flow_weight else params
 
     def module(self, params: Any) -> TokenLM:

@@ -19,7 +19,7 @@ class SourceWithLogits(Protocol):
     """A source that says probabilities."""
 
     def logits(self) -> Float[Array, "B V"]:
-        """Of every row's next token; minus infinity for banned ones."""
+        """Logits of every row's next token; minus infinity for banned ones."""
         ...
 
 

@@ -1,4 +1,4 @@
-"""What this machine multiplies per second, by a short probe, and the precision that follows from it.
+"""Matrix rate of this machine, by a short probe, and the precision that follows from it.
 
 Matrix products are nearly all of the work here, so their rate is the yardstick of a run (progress shows the share of it that
 the run reaches) and decides between the two precisions: bfloat16 operands with float32 accumulation where the processor has

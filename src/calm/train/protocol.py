@@ -1,4 +1,4 @@
-"""What the training loop asks of the two things it is given: an objective and a stream of batches."""
+"""Interfaces that the training loop requires: an objective and a stream of batches."""
 
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol, runtime_checkable
@@ -23,7 +23,7 @@ Sample = Callable[[Params, int], str]
 
 @runtime_checkable
 class Objective(Protocol):
-    """What is minimised. Everything that is trained comes from `init`; everything that is not is in `frozen`."""
+    """An objective to minimise. Everything that is trained comes from `init`; everything that is not is in `frozen`."""
 
     @property
     def frozen(self) -> Params:

@@ -75,7 +75,7 @@ class RunFolder:
         self.write(self.meta, json.dumps(values, indent=2, default=str) + "\n")
 
     def read_meta(self) -> dict[str, Any]:
-        """What meta.json holds; {} where there is none, or none that can be read."""
+        """Contents of meta.json; {} where there is none, or none that can be read."""
         try:
             return json.loads(self.meta.read_text(encoding="utf-8"))
         except (OSError, ValueError):

@@ -1,4 +1,4 @@
-"""What a training loop keeps beside the parameters, and the things that it does once in a while."""
+"""State of a training loop beside the parameters, and its periodic actions."""
 
 import dataclasses
 import json

@@ -48,7 +48,7 @@ class TrainState(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StepConfig:
-    """What of a run's configuration is compiled into its step."""
+    """The part of a run's configuration that is compiled into its step."""
 
     total_steps: int
     batch_size: int

@@ -120,7 +120,7 @@ class RunTrackers:
         self._each("log", {name: value for name, value in metrics.items() if not isinstance(value, list)}, step)
 
     def log_timing(self, timing: Mapping[str, float], step: int) -> None:
-        """What the clock says goes to its own file, so that metrics.jsonl is the same in every repetition of a run."""
+        """Writes timings to their own file, so that metrics.jsonl is the same in every repetition of a run."""
         self.run.append(self.run.timing, {"step": step, **timing})
         self._each("log", {f"timing/{name}": value for name, value in timing.items()}, step)
 

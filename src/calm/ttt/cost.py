@@ -49,7 +49,7 @@ def alignment_cost(
     writer = codec.decoder_flops() + codec.vocabulary_flops() if lm.context_decoder is None else lm.writing_flops(1)
 
     def parts(length: int) -> tuple[int, int]:
-        """Of one chunk after `length` chunks: reading it, and the head."""
+        """FLOPs of one chunk after `length` chunks: reading it, and the head."""
         reading = lm.flops(length, 0)
         return reading + encoder, lm.flops(length, 1) - reading
 
